@@ -1,0 +1,1647 @@
+# SPDX-License-Identifier: MIT
+"""NeCo (Patch Neighbor Consistency, arXiv 2408.11054, ICLR 2025) in one file.
+
+NeCo post-trains a pretrained vision transformer on unlabelled images, so that its patch features
+serve dense tasks better. Student and teacher see different crops of one image. A patch of each,
+showing the same place, is compared with the same reference patches, and the student learns to
+rank them by similarity as the teacher does. Ranking is made differentiable by a sorting network.
+
+    python neco.py --data coco/train2017                              # the paper's recipe
+    python neco.py --data photos --steps 2000 --batch-size 16 --accumulate 4
+    python neco.py --demo                                             # nothing needed, two minutes
+
+The file reads as the paper does: backbone, sorting, loss, views, training, command line. Each
+function up to the training loop takes tensors, returns tensors, and can be copied out alone.
+"""
+
+import argparse
+import copy
+import functools
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import roi_align
+
+
+class InputError(ValueError):
+    """Something the user can put right, said in one sentence."""
+
+
+# ------------------------------------------------------------------------------------ backbone
+# Any vision transformer of torch.hub that gives its patch tokens after the final norm, as DINOv2
+# and DINO do. Class and register tokens are left out: NeCo works on patches alone.
+
+HUBS = {"dinov2": "facebookresearch/dinov2", "dino": "facebookresearch/dino:main"}
+BACKBONES = (
+    ["tiny"]
+    + [f"dinov2_vit{size}14{registers}" for registers in ("_reg", "") for size in "sblg"]
+    + ["dino_vits16", "dino_vits8", "dino_vitb16", "dino_vitb8"]
+)
+HEAD_KEYS = ("projection_head.", "head.", "dino_head.", "ibot_head.")
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
+        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TinyViT(nn.Module):
+    """A small vision transformer with DINOv2's patch size and interface, and random weights."""
+
+    patch_size = 14
+
+    def __init__(self, embed_dim: int = 96, depth: int = 4, heads: int = 3):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.patch_embed = nn.Conv2d(3, embed_dim, self.patch_size, self.patch_size)
+        self.blocks = nn.ModuleList(Block(embed_dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Sines and cosines of each position at wavelengths from 6 to 600 patches: (length, D/2)"""
+        waves = 100 ** torch.linspace(0, -1, self.embed_dim // 4, device=device)
+        angles = torch.arange(length, device=device)[:, None] * waves
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    def forward_features(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.patch_embed(images)  # (B, D, h, w)
+        h, w = x.shape[-2:]
+        rows, columns = self.positions(h, x.device), self.positions(w, x.device)
+        grid = torch.cat([rows[:, None].expand(-1, w, -1), columns.expand(h, -1, -1)], dim=-1)
+        x = x.flatten(2).transpose(1, 2) + 0.1 * grid.flatten(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return {"x_norm_patchtokens": self.norm(x)}
+
+
+class Backbone(nn.Module):
+    """Patch features of a hub model: images (B, 3, H, W) -> (B, D, H / p, W / p)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        patch = getattr(model, "patch_size", None) or model.patch_embed.patch_size
+        self.patch_size = int(patch[0] if isinstance(patch, tuple) else patch)
+        self.embed_dim = int(model.embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h, w = (side // self.patch_size for side in images.shape[-2:])
+        if hasattr(self.model, "forward_features"):
+            tokens = self.model.forward_features(images)["x_norm_patchtokens"]
+        else:  # DINO: the class token, then the patches
+            tokens = self.model.get_intermediate_layers(images, 1)[0][:, -h * w :]
+        return tokens.transpose(1, 2).unflatten(2, (h, w))  # (B, h*w, D) -> (B, D, h, w)
+
+
+def load_backbone(
+    name: str = "dinov2_vits14_reg", hub: str | None = None, weights: str | None = None
+) -> Backbone:
+    """Load a hub model as a module from images to a map of patch features.
+
+    Args:
+        name: entry point of the hub, or `tiny` for the small random one of this file.
+        hub: `owner/repo[:ref]` on GitHub, or a local folder with a hubconf.py. Default: the
+            official repository for `dinov2_*` and `dino_*`. torch.hub runs the code it finds.
+        weights: state dict to load instead of the hub's: of this project, DINOv2, or a published
+            NeCo checkpoint. Keys of a projection head are dropped, all others must match.
+
+    Returns:
+        A module with `patch_size` p, `embed_dim` D and `forward(images)`: ImageNet-normalised
+        images (B, 3, H, W), H and W multiples of p, to features (B, D, H/p, W/p).
+
+    Raises:
+        InputError: the name is unknown, the hub out of reach, or the weights do not fit.
+    """
+    if name == "tiny":
+        model = TinyViT()
+    else:
+        model = load_hub_model(name, hub, pretrained=weights is None)
+    if weights is not None:
+        load_weights(model, weights)
+    try:
+        backbone = Backbone(model)
+        p = backbone.patch_size
+        with torch.no_grad():
+            shape = backbone.eval()(torch.zeros(1, 3, 4 * p, 4 * p)).shape
+    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"--backbone {name} cannot be used: it needs patch_size, embed_dim and patch tokens from "
+            f"forward_features or get_intermediate_layers ({type(error).__name__}: {error})"
+        ) from error
+    if shape != (1, backbone.embed_dim, 4, 4):
+        raise InputError(
+            f"--backbone {name} gives features of shape {tuple(shape)}, not one a patch"
+        )
+    return backbone.train()
+
+
+def load_hub_model(name: str, hub: str | None, pretrained: bool) -> nn.Module:
+    """Build entry point `name` of a hub, local or on GitHub; raise InputError if it cannot be."""
+    if hub is None:
+        if name not in BACKBONES:
+            raise InputError(
+                f"--backbone {name} is unknown: take one of {', '.join(BACKBONES)}, or name its "
+                "repository with --hub"
+            )
+        hub = HUBS[name.split("_")[0]]
+    local = Path(hub).is_dir()
+    if local and not (Path(hub) / "hubconf.py").is_file():
+        raise InputError(
+            f"--hub {hub} has no hubconf.py: give a checkout of the model's repository"
+        )
+    if not local and (hub.count("/") != 1 or hub.startswith((".", "/", "~"))):
+        raise InputError(f"--hub {hub} is neither a folder nor owner/repo[:ref]")
+    load = functools.partial(
+        torch.hub.load, hub, name, source="local" if local else "github", trust_repo=True
+    )
+    try:
+        try:
+            return load() if pretrained else load(pretrained=False)
+        except TypeError as error:
+            if "'pretrained'" not in str(error):
+                raise
+            return load()  # an entry point without that argument
+    except OSError as error:
+        raise InputError(
+            f"--hub {hub}: {name} is out of reach ({error}); without network give --hub a local "
+            "checkout of the repository and --weights a file with its weights"
+        ) from error
+    except (RuntimeError, ImportError, TypeError) as error:
+        raise InputError(f"--hub {hub}: cannot build {name} ({error})") from error
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a state dict strictly, but for head keys; raise InputError naming what does not fit."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on a file that is not its own
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--weights {path} cannot be read as a state dict ({reason})") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"--weights {path} is not a state dict: give student.pth or teacher.pth")
+    own = model.state_dict()
+    heads = [key for key in state if key.startswith(HEAD_KEYS) and key not in own]
+    state = {key: value for key, value in state.items() if key not in heads}
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is unexpected" for key in state if key not in own]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(
+            f"--weights {path} belongs to another model: {', '.join(problems[:5])}{more}"
+        )
+    model.load_state_dict(state)
+    if heads:
+        print(f"{path}: dropped {len(heads)} keys of a projection head", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------- sorting
+# Sorting networks swap fixed pairs of wires, layer by layer. Relaxed, a comparator mixes its two
+# wires instead of swapping them, and the mixed rows of the identity are a soft permutation.
+
+
+def sorting_network(n: int, kind: str = "bitonic") -> list[list[tuple[int, int]]]:
+    """Return the layers of a sorting network as pairs of wires (lo, hi), each with lo < hi.
+
+    After a comparator the smaller value is on `lo`. The pairs of a layer share no wire.
+
+    Args:
+        n: number of wires, at least 1.
+        kind: `bitonic` (k (k + 1) / 2 layers, k = ceil(log2 n)) or `odd_even` (n layers).
+
+    Raises:
+        ValueError: n below 1, or an unknown kind.
+
+    Source: Batcher 1968; Petersen et al., ICML 2021. The bitonic network is written with all
+    comparators in one direction: each merge first compares wire i of a block with its mirror image
+    from the end, then wires half a block apart, a quarter apart, and so on. Up to a renaming of
+    wires it is the textbook network of alternating directions. For an n that is no power of two,
+    smallest elements fill the front up to the next power: no comparator would ever move them, so
+    those that touch them are left out, and the network sorts for every n.
+    """
+    if n < 1:
+        raise ValueError(f"a sorting network needs at least one wire, not {n}")
+    if kind == "odd_even":
+        return [[(i, i + 1) for i in range(layer % 2, n - 1, 2)] for layer in range(n)]
+    if kind != "bitonic":
+        raise ValueError(f"kind must be 'bitonic' or 'odd_even', not {kind!r}")
+    stages = (n - 1).bit_length()
+    virtual = 2**stages - n
+    layers = []
+    for stage in range(1, stages + 1):
+        size = 2**stage
+        wires = range(virtual, 2**stages)
+        pairs = [(i, i - i % size + size - 1 - i % size) for i in wires if i % size < size // 2]
+        layers.append(pairs)
+        for distance in (2**k for k in reversed(range(stage - 1))):
+            layers.append([(i, i + distance) for i in wires if not i & distance])
+    return [[(lo - virtual, hi - virtual) for lo, hi in layer] for layer in layers]
+
+
+@functools.lru_cache(maxsize=64)
+def network_steps(n: int, kind: str, device: torch.device) -> tuple:
+    """Turn a network into moves of whole rows: before each layer, bring its wires into the order
+    [all lo, all hi, the others], so that its comparators work on two contiguous slices.
+
+    Returns the steps (order, inverse order, pairs, columns before, columns), then the order that
+    brings the wires home and its inverse. A wire of a bitonic network holds only items of its own
+    block, so its row needs no more columns than that: 1 at first, twice as many at each merge.
+    """
+    network = sorting_network(n, kind)
+    if kind == "bitonic":
+        stages = (n - 1).bit_length()
+        widths = [min(2**stage, n) for stage in range(1, stages + 1) for _ in range(stage)]
+    else:
+        widths = [n] * len(network)
+    steps, wires, before = [], list(range(n)), 1 if kind == "bitonic" else n
+    for pairs, width in zip(network, widths):
+        paired = [lo for lo, _ in pairs] + [hi for _, hi in pairs]
+        target = paired + sorted(set(range(n)) - set(paired))
+        order = torch.tensor([wires.index(wire) for wire in target], device=device)
+        steps.append((order, order.argsort(), len(pairs), before, width))
+        wires, before = target, width
+    home = torch.tensor([wires.index(wire) for wire in range(n)], device=device)
+    return steps, home, home.argsort()
+
+
+class SoftSort(torch.autograd.Function):
+    """The relaxed network on x (rows, n). Wires lead, so that a move of wires copies whole rows;
+    column 0 of the state carries the values, the others the rows of the permutation."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, steepness: float, kind: str) -> tuple[Tensor, Tensor]:
+        rows, n = x.shape
+        steps, home, home_inverse = network_steps(n, kind, x.device)
+        width = 1 if kind == "bitonic" else n
+        items = torch.ones(n, 1, device=x.device) if width == 1 else torch.eye(n, device=x.device)
+        state = torch.cat([x.T[:, None], items.to(x.dtype)[:, :, None].expand(-1, -1, rows)], dim=1)
+        saved = []
+        for order, _, pairs, before, width in steps:
+            state = state.index_select(0, order)  # (n, 1 + before, rows)
+            if width > before:  # two blocks merge: lo wires come from the first, all others from
+                first = width - before  # the second; virtual wires of the first have no columns
+                merged = state.new_zeros(n, 1 + width, rows)
+                merged[:, 0] = state[:, 0]
+                merged[:pairs, 1 : 1 + first] = state[:pairs, 1 + before - first :]
+                merged[pairs:, 1 + first :] = state[pairs:, 1:]
+                state = merged
+            lo, hi = state[:pairs], state[pairs : 2 * pairs]
+            difference = lo - hi
+            slope = steepness * difference[:, :1]
+            # swap = 1 - alpha = 1/2 + atan(slope) / pi, but exact to rounding where it is small
+            swap = torch.atan2(torch.ones_like(slope), -slope) / math.pi
+            mixed = swap * difference
+            lo -= mixed
+            hi += mixed
+            saved += [swap, difference]
+        ctx.save_for_backward(*saved)
+        ctx.steps, ctx.home_inverse, ctx.steepness = steps, home_inverse, steepness
+        state = state.index_select(0, home)
+        return state[:, 0].T, state[:, 1:].permute(2, 0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_values: Tensor, grad_permutation: Tensor):
+        grad = torch.cat([grad_values.T[:, None], grad_permutation.permute(1, 2, 0)], dim=1)
+        grad = grad.index_select(0, ctx.home_inverse)
+        swaps, differences = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
+        for step, swap, difference in zip(ctx.steps[::-1], swaps[::-1], differences[::-1]):
+            _, inverse, pairs, before, width = step
+            lo, hi = grad[:pairs], grad[pairs : 2 * pairs]
+            mixed = lo - hi
+            slope = ctx.steepness * difference[:, 0]
+            density = ctx.steepness / (math.pi * (1 + slope * slope))  # of the Cauchy distribution
+            through_swap = density * (mixed * difference).sum(1)
+            mixed *= swap
+            lo -= mixed
+            hi += mixed
+            lo[:, 0] -= through_swap
+            hi[:, 0] += through_swap
+            if width > before:
+                first = width - before
+                parted = grad.new_zeros(len(inverse), 1 + before, grad.shape[2])
+                parted[:, 0] = grad[:, 0]
+                parted[:pairs, 1 + before - first :] = grad[:pairs, 1 : 1 + first]
+                parted[pairs:, 1:] = grad[pairs:, 1 + first :]
+                grad = parted
+            grad = grad.index_select(0, inverse)
+        return grad[:, 0].T, None, None
+
+
+def soft_sort(x: Tensor, steepness: float = 100.0, kind: str = "bitonic") -> tuple[Tensor, Tensor]:
+    """Sort the last dimension with a differentiable sorting network.
+
+    Args:
+        x: (..., n), n at least 1. Half precision is computed in float32, under autocast too.
+        steepness: s > 0 of the comparators; the sort becomes exact as s times the gaps grows.
+        kind: `bitonic` or `odd_even`, see `sorting_network`.
+
+    Returns:
+        values (..., n), ascending in the limit of a large steepness, and the soft permutation
+        (..., n, n) as [rank, item], smallest first: rows and columns sum to 1, and
+        values = permutation @ x. Both are differentiable in x, once.
+
+    Raises:
+        ValueError: no last dimension, a steepness that is not positive, or an unknown kind.
+
+    Source: Petersen et al., "Monotonic differentiable sorting networks", ICLR 2022, with the Cauchy
+    distribution: alpha = 1/2 + atan(s (x_hi - x_lo)) / pi, lo' = alpha lo + (1 - alpha) hi and
+    hi' = (1 - alpha) lo + alpha hi, for the values and for the rows of the identity alike.
+    """
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must have a last dimension to sort, its shape is {tuple(x.shape)}")
+    if not steepness > 0:
+        raise ValueError(f"steepness must be positive, not {steepness}")
+    lead, n = x.shape[:-1], x.shape[-1]
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    values, permutation = SoftSort.apply(x.reshape(-1, n), steepness, kind)
+    return values.reshape(*lead, n), permutation.reshape(*lead, n, n)
+
+
+# ---------------------------------------------------------------------------------------- loss
+# The student's soft permutation of the references has to match the teacher's. The loss is a mean
+# over rows of similarities, so value and gradient are computed together, a block of rows at a
+# time, and nothing of size rows x R x R outlives its block.
+
+
+class RankingLoss(torch.autograd.Function):
+    """Cross-entropy of two soft permutations, from similarities (rows, R) of student and teacher."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, steepness: float, teacher_steepness: float, kind: str):
+        block = 8192 if student.is_cuda else 256  # fill a GPU, stay within a core's cache
+        tiny = torch.finfo(student.dtype).tiny
+        total = student.new_zeros(())
+        ctx.gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(student), block):
+            rows = slice(start, start + block)
+            _, q = soft_sort(teacher[rows], teacher_steepness, kind)
+            with torch.set_grad_enabled(ctx.gradient is not None):
+                x = student[rows].detach().requires_grad_(ctx.gradient is not None)
+                _, p = soft_sort(x, steepness, kind)
+                loss = (q * p.clamp_min(tiny).log()).sum() / -student.numel()
+            if ctx.gradient is not None:
+                (ctx.gradient[rows],) = torch.autograd.grad(loss, x)
+            total += loss.detach()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.gradient, None, None, None, None
+
+
+def cosine_similarities(features: Tensor, references: Tensor) -> Tensor:
+    """Cosines (B, N, R) of features (B, N, D) and references (B, R, D), float32 or float64."""
+    with torch.autocast(features.device.type, enabled=False):
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        features = F.normalize(features.to(dtype), dim=-1)
+        references = F.normalize(references.detach().to(dtype), dim=-1)
+        return features @ references.transpose(1, 2)
+
+
+def neco_loss(
+    student: Tensor,
+    teacher: Tensor,
+    references: Tensor,
+    steepness: float = 100.0,
+    teacher_steepness: float | None = None,
+    kind: str = "bitonic",
+) -> Tensor:
+    """Patch neighbor consistency: the student must rank the references as the teacher does.
+
+    Args:
+        student: patch features (B, N, D) that are trained. Need not be normalised.
+        teacher: features (B, N, D) of the same places in another view; gets no gradient.
+        references: R patches to rank for each image, (B, R, D); get no gradient.
+        steepness: of the student's sorting network, and the teacher's unless given.
+        teacher_steepness: above `steepness`, it sharpens the target.
+        kind: `bitonic` or `odd_even`.
+
+    Returns:
+        The scalar - mean over patches and items of sum over ranks of Q log P, Q the teacher's soft
+        permutation, P the student's; float32, or float64 for float64 features. It is at least
+        the entropy of Q, `neco_loss(teacher, teacher, references, teacher_steepness)`, and log R
+        where P is uniform.
+
+    Raises:
+        ValueError: shapes that do not fit, a steepness that is not positive, an unknown kind.
+
+    Source: Pariza et al., arXiv 2408.11054, section 3 ("patch neighbor consistency").
+    """
+    if student.ndim != 3 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be (B, N, D)"
+        )
+    if references.ndim != 3 or references.shape[::2] != student.shape[::2]:
+        raise ValueError(
+            f"references {tuple(references.shape)} must be (B, R, D) for features "
+            f"{tuple(student.shape)}"
+        )
+    return RankingLoss.apply(
+        cosine_similarities(student, references).flatten(0, 1),
+        cosine_similarities(teacher.detach(), references).flatten(0, 1),
+        steepness,
+        steepness if teacher_steepness is None else teacher_steepness,
+        kind,
+    )
+
+
+def rank_agreement(student: Tensor, teacher: Tensor, references: Tensor) -> Tensor:
+    """Mean Spearman correlation of both rankings of the references, -1 to 1; 0 if unrelated.
+
+    Takes the features of `neco_loss`. Ranks are hard: this is for the eye, not for training.
+    """
+    ranks = [
+        cosine_similarities(features, references).argsort(-1).argsort(-1).float()
+        for features in (student, teacher)
+    ]
+    r = references.shape[1]
+    return 1 - 6 * (ranks[0] - ranks[1]).square().sum(-1).mean() / max(r * (r * r - 1), 1)
+
+
+# --------------------------------------------------------------------------------------- views
+# Two global and some local crops of each image, with their boxes in image pixels. A worker draws
+# and resizes them; colours are changed later, on the device, for a whole batch of crops at once.
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+GREY = (0.299, 0.587, 0.114)  # luma of R, G, B
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+def load_image(path: str) -> Image.Image:
+    """Read an image file of any mode as RGB; 16-bit values keep their upper 8 bits."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.asarray(image, dtype=np.float32)
+            scale = 1 / 256 if values.max(initial=0) > 255 else 1
+            return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+def random_box(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> Box:
+    """Draw the box of a random resized crop: a share `scale` of the area, aspect ratio 3/4 to 4/3.
+
+    As in torchvision, an image in which ten draws do not fit gets a central box of legal ratio.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def overlap_area(a: Box, b: Box) -> int:
+    """Area of the intersection of two boxes, in pixels."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(w, 0) * max(h, 0)
+
+
+def random_boxes(width: int, height: int, local_crops: int, rng: random.Random) -> list[Box]:
+    """Draw the boxes of 2 global and then `local_crops` local crops of one image.
+
+    A box is drawn again until it shares more than 2 % of the image (a local one 1 %) with each
+    global box before it. On an image so small or elongated that 100 draws fail, the last one is
+    moved over the middle of what the global boxes share: it always overlaps them.
+    """
+    boxes: list[Box] = []
+    for crop in range(2 + local_crops):
+        scale, share = ((0.25, 1.0), 0.02) if crop < 2 else ((0.05, 0.25), 0.01)
+        before = boxes[:2]
+        for _ in range(100):
+            box = random_box(width, height, scale, rng)
+            if all(overlap_area(box, other) > share * width * height for other in before):
+                break
+        else:
+            w, h = box[2] - box[0], box[3] - box[1]
+            x = (max(b[0] for b in before) + min(b[2] for b in before)) // 2
+            y = (max(b[1] for b in before) + min(b[3] for b in before)) // 2
+            left = min(max(x - w // 2, 0), width - w)
+            top = min(max(y - h // 2, 0), height - h)
+            box = left, top, left + w, top + h
+        boxes.append(box)
+    return boxes
+
+
+def random_colours(rng: random.Random) -> list[float]:
+    """Draw the colour changes of one crop, as `change_colours` takes them."""
+    jitter = rng.random() < 0.8
+    order = rng.sample(range(4), 4)
+    factors = [rng.uniform(0.2, 1.8) if jitter else 1.0 for _ in range(3)]
+    hue = rng.uniform(-0.2, 0.2) if jitter else 0.0
+    grey = rng.random() < 0.2
+    sigma = rng.uniform(0.1, 2.0) if rng.random() < 0.5 else 0.0
+    return [*order, *factors, hue, grey, sigma]
+
+
+def make_views(
+    image: Image.Image, global_size: int, local_size: int, local_crops: int, rng: random.Random
+) -> dict[str, Tensor]:
+    """Cut the crops of one image.
+
+    Args:
+        image: RGB, of any size.
+        global_size, local_size: side of the crops in pixels.
+        local_crops: how many, L.
+        rng: source of all randomness.
+
+    Returns:
+        `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s), uint8; `boxes` (2 + L, 4) in
+        image pixels (left, top, right, bottom); `colours` (2 + L, 10) for `change_colours`.
+
+    Source: multi-crop (Caron et al., SwAV, 2020) with the sizes of the public NeCo recipe.
+    """
+    boxes = random_boxes(*image.size, local_crops, rng)
+    crops = []
+    for box, size in zip(boxes, [global_size] * 2 + [local_size] * local_crops):
+        crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+        crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
+    return {
+        "global_crops": torch.stack(crops[:2]),
+        "local_crops": torch.stack(crops[2:]) if local_crops else torch.empty(0, dtype=torch.uint8),
+        "boxes": torch.tensor(boxes, dtype=torch.float32),
+        "colours": torch.tensor([random_colours(rng) for _ in boxes]),
+    }
+
+
+def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of images (B, 3, H, W) in 0-1 by `shift` (B, 1, 1, 1) turns, -0.5 to 0.5."""
+    high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = high - low
+    r, g, b = images.split(1, dim=1)
+    sixth = torch.where(high == r, (g - b), torch.where(high == g, b - r, r - g))
+    start = torch.where(high == r, 0.0, torch.where(high == g, 2.0, 4.0))
+    hue = sixth / chroma.clamp_min(1e-8) + start + 6 * shift  # in sixths of the circle
+    # channel = high - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6, n = 5, 3, 1
+    k = (hue + hue.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)) % 6
+    return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of images (B, 3, H, W), each with its own sigma (B,) of at most 2 pixels."""
+    b, c, h, w = images.shape
+    offsets = torch.arange(-6, 7, device=images.device)  # three sigma and more
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # (B * 3, 13)
+    images = F.pad(images.reshape(1, b * c, h, w), (6, 6, 6, 6), mode="replicate")
+    images = F.conv2d(images, kernel[:, None, None, :], groups=b * c)
+    images = F.conv2d(images, kernel[:, None, :, None], groups=b * c)
+    return images.view(b, c, h, w)
+
+
+def change_colours(images: Tensor, colours: Tensor) -> Tensor:
+    """Jitter, grey and blur a batch of crops, each in its own way, and normalise them.
+
+    Args:
+        images: uint8 (B, 3, H, W), on any device.
+        colours: (B, 10) on the CPU: the order of the four jitters, factors of brightness, contrast
+            and saturation, turn of the hue, whether grey, sigma of the blur in pixels (0: none).
+
+    Returns:
+        float32 (B, 3, H, W), of ImageNet mean and standard deviation.
+
+    Source: ColorJitter(0.8, 0.8, 0.8, 0.2), RandomGrayscale and GaussianBlur of the public recipe.
+    """
+    device = images.device
+    images = images.float() / 255
+    luma = torch.tensor(GREY, device=device).view(1, 3, 1, 1)
+
+    def grey(x: Tensor) -> Tensor:
+        return (x * luma).sum(1, keepdim=True)
+
+    jitters = [
+        lambda x, f: (x * f).clamp(0, 1),
+        lambda x, f: torch.lerp(grey(x).mean((2, 3), keepdim=True), x, f).clamp(0, 1),
+        lambda x, f: torch.lerp(grey(x), x, f).clamp(0, 1),
+        shift_hue,
+    ]
+    # Which images take part is known on the CPU, so that a GPU never waits to be asked.
+    order, factors, is_grey, sigma = colours.split([4, 4, 1, 1], dim=1)
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    for turn in range(4):
+        for kind, jitter in enumerate(jitters):
+            chosen = (order[:, turn] == kind) & (factors[:, kind] != neutral[kind])
+            rows = chosen.nonzero().squeeze(1)
+            if len(rows):
+                factor = factors[rows, kind].view(-1, 1, 1, 1).to(device, non_blocking=True)
+                rows = rows.to(device, non_blocking=True)
+                images[rows] = jitter(images[rows], factor)
+    for rows, change in (
+        (is_grey[:, 0] > 0, lambda x, _: grey(x).expand_as(x)),
+        (sigma[:, 0] > 0, blur),
+    ):
+        rows = rows.nonzero().squeeze(1)
+        if len(rows):
+            argument = sigma[rows, 0].to(device, non_blocking=True)
+            rows = rows.to(device, non_blocking=True)
+            images[rows] = change(images[rows], argument)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (images - mean) / std
+
+
+def intersect(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection (B, 4) of boxes (B, 4) and (B, 4), as left, top, right, bottom."""
+    return torch.cat([torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])], dim=1)
+
+
+def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
+    """Read grid x grid cells of a region of the image from the feature map of a crop.
+
+    Args:
+        features: maps (B, D, h, w) of the crops.
+        crop: boxes (B, 4) of the crops in image pixels.
+        region: boxes (B, 4) in image pixels, inside the crops. The same region read from two crops
+            gives features of the same places, cell by cell.
+        grid: cells a side.
+
+    Returns:
+        (B, grid * grid, D), row by row.
+
+    Source: RoI-align (He et al., Mask R-CNN, 2017), as in arXiv 2408.11054, section 3.
+    """
+    h, w = features.shape[-2:]
+    sides = crop[:, 2:] - crop[:, :2]
+    corners = region.view(-1, 2, 2) - crop[:, None, :2]
+    boxes = corners / sides[:, None] * corners.new_tensor([w, h])  # in patches of the crop
+    boxes = boxes.flatten(1)
+    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
+    cells = roi_align(features, torch.cat([index, boxes], dim=1), grid, aligned=True)
+    return cells.flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, N, D)
+
+
+def reference_order(pairs: int, size: int, batch: int, count: int, seed: int) -> Tensor:
+    """Draw for each image of a batch, and each crop pair, `count` out of `size` patches.
+
+    No image draws a patch twice, and no two images of a pair the same while there are enough.
+
+    Args:
+        pairs: P, number of crop pairs.
+        size: number of patches to draw from, at least `count`.
+        batch: B, images of the whole batch.
+        seed: the draw is a function of it, so that every process draws the same.
+
+    Returns:
+        Indices (P, B, count).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.arange(batch * count).view(batch, count) % size
+    return torch.stack([torch.randperm(size, generator=generator)[places] for _ in range(pairs)])
+
+
+class ReferenceQueue:
+    """First-in-first-out store of teacher patches, one queue for each global crop.
+
+    patches (2, length, D); `filled` says how many of them hold something, `oldest` which one the
+    next patch replaces once all do.
+    """
+
+    def __init__(self, length: int, dim: int, device: torch.device):
+        self.patches = torch.zeros(2, length, dim, device=device)
+        self.filled = self.oldest = 0
+
+    def push(self, patches: Tensor) -> None:
+        """Store new patches (2, K, D); of more than fit, the last."""
+        patches = patches[:, -self.patches.shape[1] :]
+        length = self.patches.shape[1]
+        places = (self.oldest + torch.arange(patches.shape[1], device=patches.device)) % length
+        self.patches[:, places] = patches
+        self.oldest = (self.oldest + patches.shape[1]) % length
+        self.filled = min(self.filled + patches.shape[1], length)
+
+
+# ------------------------------------------------------------------------------------ training
+# One step: the teacher reads the global crops, its patches feed the queue, references are drawn,
+# the student reads all crops, and ten crop pairs go through one loss. All randomness is a function
+# of seed, step and sample, so neither workers nor processes nor an interruption change the result.
+
+
+def seed_of(*key) -> int:
+    """A 63-bit seed that is a function of the key, alike on every machine."""
+    return random.Random(repr(key)).getrandbits(63)
+
+
+def find_images(root: str) -> np.ndarray:
+    """List the image files below a folder, sorted, as an array of relative paths in bytes.
+
+    One array of bytes takes a tenth of a list of strings, and worker processes share it.
+    """
+    found = [
+        os.path.relpath(os.path.join(folder, name), root)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMAGE_TYPES)
+    ]
+    return np.array(sorted(os.fsencode(path) for path in found))
+
+
+class CropDataset(Dataset):
+    """Sample i of the whole training: the crops of image i of an endless row of shuffled epochs.
+
+    An image that cannot be read is replaced by another one, and named under `unreadable`.
+    """
+
+    def __init__(self, root: str, files: np.ndarray, per_epoch: int, seed: int, **views):
+        self.root, self.files, self.per_epoch = root, files, per_epoch
+        self.seed, self.views = seed, views
+        self.epoch, self.order = -1, None
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.files[index]))
+
+    def __getitem__(self, i: int) -> dict:
+        epoch, place = divmod(i, self.per_epoch)
+        if epoch != self.epoch:
+            shuffle = np.random.default_rng(seed_of(self.seed, "epoch", epoch))
+            self.epoch, self.order = epoch, shuffle.permutation(len(self.files)).astype(np.int32)
+        rng = random.Random(seed_of(self.seed, "sample", i))
+        index, unreadable = self.order[place], []
+        while True:
+            try:
+                image = load_image(self.path(index))
+                break
+            except Exception as error:  # Pillow raises many kinds; the caller names each file
+                unreadable.append((self.path(index), str(error) or type(error).__name__))
+                index = rng.randrange(len(self.files))
+        return make_views(image, rng=rng, **self.views) | {"unreadable": unreadable}
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stack the samples of a batch; their unreadable files become one list."""
+    unreadable = [item for sample in samples for item in sample.pop("unreadable")]
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    return batch | {"unreadable": unreadable}
+
+
+def start_worker(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the process that can save, and the other cores to other workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class Network(nn.Module):
+    """Backbone and head: crops (B, 3, H, W) -> L2-normalised embeddings (B, 256, h, w), float32."""
+
+    def __init__(self, backbone: nn.Module, hidden: int = 2048, out: int = 256):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(
+            nn.Linear(backbone.embed_dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, out),
+        )
+        for layer in self.head[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, crops: list[Tensor], noise: list[Tensor] | None = None) -> list[Tensor]:
+        """Embed each batch of crops; `noise` (2 * depth, B) decides on its dropped paths."""
+        maps = []
+        for i, images in enumerate(crops):
+            self.backbone.noise = noise[i] if noise else None
+            tokens = self.backbone(images).permute(0, 2, 3, 1)
+            maps.append(F.normalize(self.head(tokens).float(), dim=-1).permute(0, 3, 1, 2))
+        return maps
+
+
+def add_drop_path(backbone: nn.Module, rate: float = 0.1) -> int:
+    """Make a vision transformer drop residual branches, more often the deeper they are.
+
+    Each branch (`attn` and `mlp` of every one of `model.blocks`) is dropped for an image where its
+    row of `backbone.noise` (2 * depth, B), uniform in 0-1, is below a rate that grows from 0 to
+    `rate` with depth. The noise comes from outside so that it is a function of seed and sample.
+
+    Returns:
+        Number of rows of noise; 0 for a backbone without such blocks, which then drops nothing.
+
+    Source: Huang et al., "Deep networks with stochastic depth", 2016.
+    """
+    blocks = getattr(backbone.model, "blocks", [])
+    branches = [branch for block in blocks for branch in (block.attn, block.mlp)]
+
+    def drop(row: int, rate: float, module: nn.Module, _, output):
+        if backbone.noise is None or not module.training:
+            return output
+        kept = (backbone.noise[row] >= rate)[:, None, None] / (1 - rate)
+        if isinstance(output, tuple):  # DINO's attention also returns its weights
+            return output[0] * kept.to(output[0].dtype), *output[1:]
+        return output * kept.to(output.dtype)
+
+    for row, branch in enumerate(branches):
+        share = rate * (row // 2) / max(len(blocks) - 1, 1)
+        branch.register_forward_hook(functools.partial(drop, row, share))
+    return len(branches)
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Cosine schedule from start (progress 0) to end (progress 1)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(network: Network, lr: float, head_lr: float) -> list[dict]:
+    """Four groups for AdamW: backbone and head, each with and without weight decay.
+
+    Biases and one-dimensional parameters do not decay. `base_lr` is what the schedule starts at.
+    """
+    groups = []
+    for module, base_lr in ((network.backbone, lr), (network.head, head_lr)):
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        free = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
+        decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith("bias"))]
+        groups.append({"params": decayed, "base_lr": base_lr, "decays": True})
+        groups.append({"params": free, "base_lr": base_lr, "decays": False})
+    return groups
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student; buffers are copied."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    for mine, other in zip(teacher.buffers(), student.buffers()):
+        mine.copy_(other)
+
+
+LOG_COLUMNS = ["step", "loss", "floor", "agreement", "lr", "weight_decay"]
+
+
+class Trainer:
+    """State of a training and the step that advances it: networks, optimiser, queue, step count.
+
+    Each process of a distributed run holds the same state and works on its share of the images.
+    """
+
+    def __init__(self, backbone: Backbone, args: argparse.Namespace, device: torch.device):
+        self.args, self.device, self.step = args, device, 0
+        self.rank, self.ranks = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
+        self.student = Network(backbone).to(device)
+        self.teacher = Network(copy.deepcopy(backbone)).to(device).requires_grad_(False)
+        self.noise_rows = add_drop_path(self.student.backbone)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.student, args.lr, args.head_lr), fused=True
+        )
+        self.queue = ReferenceQueue(args.queue, 256, device)
+        self.forward_student = self.student
+        if self.ranks > 1:
+            self.forward_student = nn.parallel.DistributedDataParallel(
+                self.student, find_unused_parameters=True, broadcast_buffers=False
+            )
+            self.cpu_group = dist.new_group(backend="gloo")
+        crops = range(2 + args.local_crops)
+        self.pairs = [(g, v) for g in range(2) for v in crops if v != g]
+
+    def state(self) -> dict:
+        """All that is needed to go on, as tensors and plain values."""
+        return {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "queue": vars(self.queue),
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.step = state["step"]
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        vars(self.queue).update(state["queue"])
+        self.queue.patches = self.queue.patches.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, self.args.precision == "bf16")
+
+    def mean(self, values: Tensor) -> list[float]:
+        """Mean of some values over all ranks; waits for the device."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return (values / self.ranks).tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, so that all ranks stop at the same step."""
+        if self.ranks == 1:
+            return flag
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags, group=self.cpu_group)
+        return flags.item() > 0
+
+    def gather(self, patches: Tensor) -> Tensor:
+        """Bring the patches (2, b, K, D) of all ranks together, in the order of the batch."""
+        if self.ranks == 1:
+            return patches
+        parts = [torch.empty_like(patches) for _ in range(self.ranks)]
+        dist.all_gather(parts, patches.contiguous())
+        return torch.cat(parts, dim=1)
+
+    def embed_by_teacher(self, parts: list[dict], positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells of all crop pairs (P, b, N, D), and patches (2, b, K, D) at random positions."""
+        cells, patches = [], []
+        for part, at in zip(parts, positions.chunk(len(parts), dim=1)):
+            with torch.no_grad(), self.autocast():
+                maps = self.teacher([torch.cat(part["crops"][:2])])[0].chunk(2)
+            boxes = part["boxes"]
+            cells.append(
+                torch.stack(
+                    [
+                        align(
+                            maps[g],
+                            boxes[:, g],
+                            intersect(boxes[:, g], boxes[:, v]),
+                            self.args.grid,
+                        )
+                        for g, v in self.pairs
+                    ]
+                )
+            )
+            flat = torch.stack(maps).flatten(3).transpose(2, 3)  # (2, b, h * w, D)
+            patches.append(flat.gather(2, at[..., None].expand(-1, -1, -1, flat.shape[3])))
+        return torch.cat(cells, dim=1), torch.cat(patches, dim=1)
+
+    def embed_by_student(self, part: dict) -> Tensor:
+        """Cells (P, b, N, D) of the other crop of each pair, with drop path."""
+        crops, boxes, noise = part["crops"], part["boxes"], part["noise"]
+        batches, noises = [torch.cat(crops[:2])], [noise[:, :2].flatten(1)]
+        if len(crops) > 2:
+            batches.append(torch.cat(crops[2:]))
+            noises.append(noise[:, 2:].flatten(1))
+        with self.autocast():
+            embedded = self.forward_student(batches, noises)
+        maps = [m for batch in embedded for m in batch.split(len(boxes))]
+        return torch.stack(
+            [
+                align(maps[v], boxes[:, v], intersect(boxes[:, g], boxes[:, v]), self.args.grid)
+                for g, v in self.pairs
+            ]
+        )
+
+    def train_step(self, batch: dict, measure: bool) -> Tensor:
+        """Advance by one optimiser step on this rank's images of a batch.
+
+        Returns loss, floor and agreement (3,) of these images; the latter two only if `measure`.
+        Raises FloatingPointError, before anything is updated, if the loss is not finite.
+        """
+        args, device = self.args, self.device
+        generator = torch.Generator().manual_seed(seed_of(args.seed, "step", self.step))
+        share = args.batch_size // self.ranks
+        mine = slice(self.rank * share, (self.rank + 1) * share)  # of the whole batch
+        noise = torch.rand(
+            self.noise_rows, 2 + args.local_crops, args.batch_size, generator=generator
+        )[:, :, mine]
+        references = args.grid**2
+        per_side = args.global_size // self.student.backbone.patch_size
+        will_be_filled = min(self.queue.filled + 10 * args.batch_size, args.queue)
+        count = min(10 if will_be_filled >= references else references, per_side**2)
+        positions = torch.rand(2, args.batch_size, per_side**2, generator=generator)
+        positions = positions.topk(count).indices[:, mine].to(device, non_blocking=True)
+
+        parts = []
+        for i in torch.arange(share).chunk(args.accumulate):
+            colours = batch["colours"][i]
+            crops = [
+                change_colours(kind[i, k].to(device, non_blocking=True), colours[:, offset + k])
+                for kind, offset in ((batch["global_crops"], 0), (batch["local_crops"], 2))
+                for k in range(kind.shape[1])
+            ]
+            boxes = batch["boxes"][i].to(device, non_blocking=True)
+            parts.append({"crops": crops, "boxes": boxes, "noise": noise[:, :, i].to(device)})
+
+        targets, patches = self.embed_by_teacher(parts, positions)
+        patches = self.gather(patches)
+        self.queue.push(patches[:, :, :10].flatten(1, 2))
+        if self.queue.filled >= references:
+            pool = self.queue.patches[:, : self.queue.filled]
+        else:  # too little to draw from: the current batch
+            pool = patches.flatten(1, 2)
+        order = reference_order(
+            len(self.pairs), pool.shape[1], args.batch_size, references, generator.initial_seed()
+        )[:, mine].to(device)
+        drawn = torch.stack([pool[g][order[k]] for k, (g, _) in enumerate(self.pairs)])
+
+        for group in self.optimizer.param_groups:
+            progress = self.step / args.steps
+            group["lr"] = cosine(group["base_lr"], 0, progress)
+            group["weight_decay"] = cosine(*args.weight_decay, progress) if group["decays"] else 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        measures = torch.zeros(3, device=device)
+        for part, target, reference in zip(
+            parts, targets.chunk(len(parts), dim=1), drawn.chunk(len(parts), dim=1)
+        ):
+            cells = self.embed_by_student(part).flatten(0, 1)
+            target, reference = target.flatten(0, 1), reference.flatten(0, 1)
+            loss = neco_loss(
+                cells, target, reference, args.steepness, args.teacher_steepness, args.sorting
+            )
+            (loss / len(parts)).backward()
+            measures[0] += loss.detach() / len(parts)
+            if measure:
+                floor = neco_loss(
+                    target, target, reference, args.teacher_steepness, kind=args.sorting
+                )
+                measures[1] += floor / len(parts)
+                measures[2] += rank_agreement(cells.detach(), target, reference) / len(parts)
+        if not math.isfinite(measures[0]):
+            raise FloatingPointError(f"{float(measures[0])}")
+        self.optimizer.step()
+        momentum = cosine(args.momentum, 1.0, progress)
+        update_teacher(self.teacher, self.student, momentum)
+        self.step += 1
+        return measures
+
+
+def save(path: Path, content) -> None:
+    """Write a file by way of a temporary name, so that the old or the new one is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(
+            f"neco.py: cannot write {path} ({error}); the last good checkpoint is kept: make room "
+            "and give the same command to go on"
+        ) from error
+
+
+def read_checkpoint(path: Path, settings: dict) -> dict | None:
+    """Read a checkpoint of a run with the same settings; None if there is none."""
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before, complete = checkpoint["settings"], checkpoint.keys() >= {"student", "queue"}
+    except Exception as error:  # torch.load raises many kinds on a file that is not its own
+        raise InputError(
+            f"--out: {path} is broken or not a checkpoint of neco.py ({type(error).__name__}); "
+            "move it away or choose another folder"
+        ) from error
+    if not complete:
+        raise InputError(f"--out: {path} is not a checkpoint of neco.py; choose another folder")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"--out: the run in {path.parent} has {name} = {before.get(name)}, not {value}; give the "
+                "same settings to go on, or another folder"
+            )
+    return checkpoint
+
+
+def start_log(path: Path, step: int) -> None:
+    """Begin log.csv, or cut it back to the rows up to `step`, from where a resumed run goes on."""
+    rows = path.read_text().splitlines()[1:] if step and path.exists() else []
+    rows = [row.split(",") for row in rows]
+    kept = [r for r in rows if len(r) == len(LOG_COLUMNS) and r[0].isdigit() and int(r[0]) <= step]
+    save(path, "".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *kept]).encode())
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> int:
+    """Train from the start or from args.out/checkpoint.pth, and return the exit status.
+
+    Writes checkpoint.pth, student.pth, teacher.pth and log.csv into args.out. Ctrl-C and SIGTERM
+    end it after the step under way, saved, with status 130 and 143.
+    """
+    out, device = Path(args.out), torch.device(args.device)
+    steps_per_epoch = len(files) // args.batch_size
+    args.steps = args.steps or args.epochs * steps_per_epoch
+    trainer = Trainer(backbone, args, device)
+    digest = zlib.crc32(b"\0".join(files.tolist()))
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["images"] = f"{len(files)} ({digest:08x})"
+    checkpoint = read_checkpoint(out / "checkpoint.pth", settings)
+    unreadable = set()
+    if checkpoint:
+        trainer.load_state(checkpoint)
+        unreadable.update(checkpoint["unreadable"])
+    first, main = trainer.step, trainer.rank == 0
+
+    def save_all() -> None:
+        if main:
+            state = trainer.state() | {"settings": settings, "unreadable": sorted(unreadable)}
+            save(out / "checkpoint.pth", state)
+            for name in ("student", "teacher"):
+                save(out / f"{name}.pth", getattr(trainer, name).backbone.model.state_dict())
+
+    share = args.batch_size // trainer.ranks
+    loader = DataLoader(
+        CropDataset(
+            args.data,
+            files,
+            steps_per_epoch * args.batch_size,
+            args.seed,
+            global_size=args.global_size,
+            local_size=args.local_size,
+            local_crops=args.local_crops,
+        ),
+        batch_sampler=(
+            range(start, start + share)
+            for start in range(
+                first * args.batch_size + trainer.rank * share,
+                args.steps * args.batch_size,
+                args.batch_size,
+            )
+        ),
+        num_workers=args.workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+    )
+    if main:
+        start_log(out / "log.csv", first)
+        parameters = sum(p.numel() for p in backbone.parameters()) / 1e6
+        print(
+            f"NeCo post-trains {args.backbone} ({parameters:.1f} M parameters) on {len(files)} images\n"
+            f"of {args.data}: steps {first} to {args.steps} of {args.batch_size} images, each 2 x "
+            f"{args.global_size} px and {args.local_crops} x {args.local_size} px,\n"
+            f"on {device} in {args.precision}, {trainer.ranks} process(es), seed {args.seed}",
+            flush=True,
+        )
+        if not trainer.noise_rows:
+            print("no drop path: the backbone has no blocks with attn and mlp")
+
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    start, flattened, terminal = time.monotonic(), False, sys.stdout.isatty()
+    for batch in loader:
+        for path, reason in batch["unreadable"]:
+            if path not in unreadable:
+                print(f"neco.py: skipped {path}, it cannot be read: {reason}", file=sys.stderr)
+                unreadable.add(path)
+        step = trainer.step + 1
+        measured = step % args.log_every == 0 or step in (1, args.steps)
+        try:
+            measures = trainer.train_step(batch, measured)
+        except FloatingPointError as error:
+            raise SystemExit(
+                f"neco.py: the loss is {error} at step {step}; the weights did not take it, and the "
+                f"last checkpoint stays in {out}. Try a lower --lr and --head-lr"
+            ) from None
+        if measured:
+            loss, floor, agreement = trainer.mean(measures)
+            if main:
+                decayed = trainer.optimizer.param_groups[0]
+                row = loss, floor, agreement, decayed["lr"], decayed["weight_decay"]
+                line = ",".join([str(step), *(f"{value:.6g}" for value in row)])
+                with open(out / "log.csv", "a") as log:
+                    log.write(line + "\n")
+                pace = (time.monotonic() - start) / (step - first)
+                print(
+                    ("\r" if terminal else "")
+                    + f"step {step}/{args.steps}  loss {loss:.3f}  floor {floor:.3f}  agreement "
+                    f"{agreement:.2f}  {args.batch_size / pace:.1f} images/s  left "
+                    f"{duration((args.steps - step) * pace)} ",
+                    end="" if terminal else "\n",
+                    flush=True,
+                )
+                uniform = math.log(args.grid**2)
+                if floor > 0.95 * uniform and not flattened:
+                    flattened = True
+                    print(
+                        f"\nwarning: the teacher's rankings are nearly uniform (floor {floor:.2f} of at "
+                        f"most {uniform:.2f}), the features may be collapsing. Try a lower --lr and "
+                        "--head-lr, a --momentum nearer to 1, or a --teacher-steepness above --steepness",
+                        file=sys.stderr,
+                    )
+        if trainer.any(bool(stopped)):
+            break
+        if step % args.save_every == 0 and step < args.steps:
+            save_all()
+    save_all()
+    if main:
+        print(
+            ("\n" if terminal else "")
+            + (f"stopped at step {trainer.step}, the same command goes on; " if stopped else "")
+            + f"wrote student.pth, teacher.pth, checkpoint.pth and log.csv to {out}"
+            + (f"; {len(unreadable)} images could not be read" if unreadable else "")
+        )
+    return 128 + stopped[0] if stopped else 0
+
+
+# -------------------------------------------------------------------------------- command line
+# Every default is the recipe of the paper. What is wrong with the input is said in one sentence
+# on stderr, with exit status 2, before anything is written.
+
+SETTINGS = (  # what a resumed run must share with the one before
+    "backbone hub weights steps batch_size accumulate global_size local_size local_crops grid queue lr "
+    "head_lr weight_decay momentum steepness teacher_steepness sorting precision seed"
+).split()
+DEMO = {
+    "out": "runs/demo",
+    "backbone": "tiny",
+    "steps": 300,
+    "batch_size": 16,
+    "global_size": 98,
+    "local_size": 42,
+    "workers": 0,
+    "log_every": 20,
+}
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """Make an argparse type: a number of a kind from low (or above it) to high."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high or (value == low and not above)) or math.isinf(value):
+            what = "a whole number" if kind is int else "a number"
+            limit = f"{'above' if above else 'from'} {low:g}" + (
+                f" to {high:g}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="neco.py",
+        usage="python neco.py --data FOLDER [--out FOLDER] [options]",
+        description=__doc__.split("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Several GPUs: torchrun --nproc-per-node 4 neco.py --data FOLDER",
+    )
+    add, whole = parser.add_argument, functools.partial(number, int)
+    positive = number(float, 0, above=True)
+    add("--data", metavar="FOLDER", help="images, searched recursively; labels are not needed")
+    add(
+        "--out",
+        default="runs/neco",
+        metavar="FOLDER",
+        help="results; a run there goes on where it stopped (%(default)s)",
+    )
+    add(
+        "--demo",
+        action="store_true",
+        help="make a small set of images and train tiny on it; needs nothing",
+    )
+    add(
+        "--backbone",
+        default="dinov2_vits14_reg",
+        metavar="NAME",
+        help=f"hub model to post-train: {', '.join(BACKBONES)}, or any of --hub (%(default)s)",
+    )
+    add(
+        "--hub",
+        metavar="HUB",
+        help="owner/repo[:ref] or a local folder with hubconf.py; torch.hub runs its code",
+    )
+    add("--weights", metavar="FILE", help="state dict to start from instead of the hub's weights")
+    add(
+        "--epochs",
+        type=whole(1),
+        default=25,
+        metavar="N",
+        help="passes over the images (%(default)s)",
+    )
+    add(
+        "--steps",
+        type=whole(1),
+        metavar="N",
+        help="number of steps instead of epochs; the schedules span it",
+    )
+    add(
+        "--batch-size",
+        type=whole(1),
+        default=64,
+        metavar="N",
+        help="images a step, over all processes (%(default)s)",
+    )
+    add(
+        "--accumulate",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="split a step's images into N parts that need less memory; same loss (%(default)s)",
+    )
+    add(
+        "--global-size",
+        type=whole(1),
+        default=518,
+        metavar="PX",
+        help="side of the 2 global crops, a multiple of the patch size (%(default)s)",
+    )
+    add(
+        "--local-size",
+        type=whole(1),
+        default=98,
+        metavar="PX",
+        help="side of the local crops, likewise (%(default)s)",
+    )
+    add(
+        "--local-crops",
+        type=whole(0),
+        default=4,
+        metavar="N",
+        help="local crops an image (%(default)s)",
+    )
+    add(
+        "--grid",
+        type=whole(2),
+        default=7,
+        metavar="N",
+        help="N x N cells are compared, with as many references (%(default)s)",
+    )
+    add(
+        "--queue",
+        type=whole(1),
+        default=8192,
+        metavar="N",
+        help="teacher patches kept to draw references from, at least grid^2 (%(default)s)",
+    )
+    add(
+        "--lr",
+        type=positive,
+        default=1e-5,
+        help="learning rate of the backbone; too high collapses (%(default)s)",
+    )
+    add(
+        "--head-lr",
+        type=positive,
+        default=1e-4,
+        metavar="LR",
+        help="learning rate of the head (%(default)s)",
+    )
+    add(
+        "--weight-decay",
+        type=number(float, 0),
+        nargs=2,
+        default=[0.04, 0.5],
+        metavar=("START", "END"),
+        help="AdamW, on a cosine (0.04 0.5)",
+    )
+    add(
+        "--momentum",
+        type=number(float, 0, 1),
+        default=0.9995,
+        metavar="M",
+        help="of the teacher at the start, 1 at the end (%(default)s)",
+    )
+    add(
+        "--steepness",
+        type=positive,
+        default=100.0,
+        metavar="S",
+        help="of the sorting network: higher is closer to a hard sort (%(default)s)",
+    )
+    add(
+        "--teacher-steepness",
+        type=positive,
+        metavar="S",
+        help="of the teacher's; above --steepness it works against collapse (as --steepness)",
+    )
+    add(
+        "--sorting",
+        choices=["bitonic", "odd_even"],
+        default="bitonic",
+        help="sorting network (%(default)s)",
+    )
+    add(
+        "--workers",
+        type=whole(0),
+        default=min(16, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that read images (%(default)s)",
+    )
+    add("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
+    add(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="of the networks; the loss is always float32 (bf16 on a GPU)",
+    )
+    add("--seed", type=whole(0), default=0, metavar="N", help="of everything random (%(default)s)")
+    add(
+        "--log-every",
+        type=whole(1),
+        default=50,
+        metavar="N",
+        help="steps between lines of progress and of log.csv (%(default)s)",
+    )
+    add(
+        "--save-every",
+        type=whole(1),
+        default=1000,
+        metavar="N",
+        help="steps between checkpoints (%(default)s)",
+    )
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; raise InputError where its values do not go together."""
+    parser = build_parser()
+
+    def error(message: str):
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = error
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if args.demo and args.data:
+        raise InputError("--demo makes its own images: give either --demo or --data")
+    if not args.demo and not args.data:
+        raise InputError("--data is needed: a folder of images (or try --demo)")
+    if args.queue < args.grid**2:
+        raise InputError(f"--queue {args.queue} is too short for {args.grid**2} references")
+    if args.batch_size % args.accumulate:
+        raise InputError(
+            f"--accumulate {args.accumulate} does not divide --batch-size {args.batch_size}"
+        )
+    if args.teacher_steepness is None:
+        args.teacher_steepness = args.steepness
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"--device {args.device} is unknown: take cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: this machine has no CUDA device, take cpu")
+    args.precision = args.precision or ("bf16" if kind == "cuda" else "fp32")
+    return args
+
+
+def check_images(args: argparse.Namespace) -> np.ndarray:
+    """List the images of args.data; raise InputError unless a run can start with them."""
+    if not Path(args.data).is_dir():
+        raise InputError(f"--data {args.data}: there is no such folder")
+    files = find_images(args.data)
+    if not len(files):
+        raise InputError(f"--data {args.data}: no image in it ({', '.join(IMAGE_TYPES)})")
+    for name in files:
+        try:
+            load_image(os.path.join(args.data, os.fsdecode(name)))
+            break
+        except Exception:  # reported below if it is so of all
+            continue
+    else:
+        raise InputError(f"--data {args.data}: none of its {len(files)} images can be read")
+    if len(files) < args.batch_size:
+        raise InputError(
+            f"--data {args.data}: {len(files)} images are fewer than a batch, give --batch-size "
+            f"{len(files)} or less"
+        )
+    return files
+
+
+def check_out(folder: str) -> None:
+    """Make the folder for the results; raise InputError if it cannot be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written ({error.strerror})") from error
+
+
+TEXTURES = (  # of the demo: brightness 0-1 at pixel (x, y), period p; one for each class
+    lambda x, y, p: (x // p % 2) + 0 * y,
+    lambda x, y, p: (y // p % 2) + 0 * x,
+    lambda x, y, p: (x // p + y // p) % 2,
+    lambda x, y, p: ((x + y) // p) % 2,
+    lambda x, y, p: ((x % (2 * p) - p) ** 2 + (y % (2 * p) - p) ** 2) < p * p,
+)
+
+
+def write_demo_images(root: Path, seed: int, size: int = 112) -> None:
+    """Write textured shapes on textured ground, with masks: train/ and val/, images/ and masks/.
+
+    The class is the texture, one of five; its two colours are random, so that they do not tell it.
+    """
+    y, x = np.mgrid[:size, :size]
+    for split, count in (("train", 320), ("val", 80)):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            rng = random.Random(seed_of(seed, split, i))
+            image, mask = np.zeros((size, size, 3), np.uint8), Image.new("L", (size, size), 0)
+            draw = ImageDraw.Draw(mask)
+            regions = [(0, 0, size, size)]
+            for _ in range(3):
+                w, h = rng.randint(40, 70), rng.randint(40, 70)
+                left, top = rng.randint(-10, size - w + 10), rng.randint(-10, size - h + 10)
+                regions.append((left, top, left + w, top + h))
+            classes = rng.sample(range(5), 4)
+            for k, (label, box) in enumerate(zip(classes, regions)):
+                shape = draw.rectangle if k == 0 or rng.random() < 0.5 else draw.ellipse
+                shape(box, fill=label)
+            labels = np.array(mask)
+            for label in classes:
+                dark, light = ([rng.randint(0, 255) for _ in range(3)] for _ in range(2))
+                period = rng.choice([3, 4])
+                pattern = TEXTURES[label](x + rng.randrange(9), y + rng.randrange(9), period)
+                filled = np.where(pattern.astype(bool)[..., None], light, dark)
+                image = np.where((labels == label)[..., None], filled, image)
+            Image.fromarray(image.astype(np.uint8)).save(root / split / "images" / f"{i:03}.png")
+            mask.save(root / split / "masks" / f"{i:03}.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    try:
+        args = parse(argv)
+        check_out(args.out)
+        if args.demo:
+            write_demo_images(Path(args.out) / "data", args.seed)
+            args.data = str(Path(args.out) / "data" / "train" / "images")
+        files = check_images(args)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+        if args.batch_size % (ranks * args.accumulate):
+            raise InputError(
+                f"--batch-size {args.batch_size} is no multiple of {ranks} processes x "
+                f"{args.accumulate} parts"
+            )
+        torch.manual_seed(args.seed)
+        backbone = load_backbone(args.backbone, args.hub, args.weights)
+        for flag in ("global_size", "local_size"):
+            if getattr(args, flag) % backbone.patch_size:
+                raise InputError(
+                    f"--{flag.replace('_', '-')} {getattr(args, flag)} is no multiple of the patch size "
+                    f"{backbone.patch_size} of {args.backbone}"
+                )
+        if ranks > 1:
+            cuda = torch.device(args.device).type == "cuda"
+            if cuda:
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(args.device)
+            dist.init_process_group("nccl" if cuda else "gloo")
+        status = train(args, backbone, files)
+        if ranks > 1:
+            dist.destroy_process_group()
+    except InputError as error:
+        print(f"neco.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if args.demo and status == 0:
+        print(f"next: python eval_seg.py --demo --data {args.out}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
