@@ -15,11 +15,14 @@ function up to the training loop takes tensors, returns tensors, and can be copi
 """
 
 import argparse
+import contextlib
 import copy
+import datetime
 import functools
 import math
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -146,10 +149,7 @@ def load_backbone(
     Raises:
         InputError: the name is unknown, the hub out of reach, or the weights do not fit.
     """
-    if name == "tiny":
-        model = TinyViT()
-    else:
-        model = load_hub_model(name, hub, pretrained=weights is None)
+    model = TinyViT() if name == "tiny" else load_hub_model(name, hub, weights is None)
     if weights is not None:
         load_weights(model, weights)
     try:
@@ -159,7 +159,7 @@ def load_backbone(
             shape = backbone.eval()(torch.zeros(1, 3, 4 * p, 4 * p)).shape
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise InputError(
-            f"--backbone {name} cannot be used: it needs patch_size, embed_dim and patch tokens from "
+            f"--backbone {name} cannot be used: it needs patch_size, embed_dim and patch tokens of "
             f"forward_features or get_intermediate_layers ({type(error).__name__}: {error})"
         ) from error
     if shape != (1, backbone.embed_dim, 4, 4):
@@ -405,7 +405,7 @@ def soft_sort(x: Tensor, steepness: float = 100.0, kind: str = "bitonic") -> tup
 
 
 class RankingLoss(torch.autograd.Function):
-    """Cross-entropy of two soft permutations, from similarities (rows, R) of student and teacher."""
+    """Cross-entropy of two soft permutations, from similarities (rows, R) to the references."""
 
     @staticmethod
     def forward(ctx, student, teacher, steepness: float, teacher_steepness: float, kind: str):
@@ -471,7 +471,7 @@ def neco_loss(
     """
     if student.ndim != 3 or student.shape != teacher.shape:
         raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be (B, N, D)"
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be (B, N, D)"
         )
     if references.ndim != 3 or references.shape[::2] != student.shape[::2]:
         raise ValueError(
@@ -715,6 +715,28 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
     return cells.flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, N, D)
 
 
+def align_pairs(
+    maps: list[Tensor], boxes: Tensor, pairs: list[tuple[int, int]], side: int, grid: int
+) -> Tensor:
+    """Read what both crops of each pair share, from the maps of one side of the pairs.
+
+    Args:
+        maps: feature maps (B, D, h, w), one for each crop, of any size.
+        boxes: (B, crops, 4) in image pixels.
+        pairs: P pairs of crops (global, other).
+        side: 0 to read from the maps of the global crops, 1 from those of the others.
+        grid: cells a side.
+
+    Returns:
+        (P, B, grid * grid, D): cell k of side 0 and of side 1 show the same place.
+    """
+    cells = []
+    for pair in pairs:
+        shared = intersect(boxes[:, pair[0]], boxes[:, pair[1]])
+        cells.append(align(maps[pair[side]], boxes[:, pair[side]], shared, grid))
+    return torch.stack(cells)
+
+
 def reference_order(pairs: int, size: int, batch: int, count: int, seed: int) -> Tensor:
     """Draw for each image of a batch, and each crop pair, `count` out of `size` patches.
 
@@ -771,13 +793,14 @@ def find_images(root: str) -> np.ndarray:
 
     One array of bytes takes a tenth of a list of strings, and worker processes share it.
     """
+    start = len(os.path.join(root, ""))
     found = [
-        os.path.relpath(os.path.join(folder, name), root)
+        os.fsencode(os.path.join(folder, name)[start:])
         for folder, _, names in os.walk(root, followlinks=True)
         for name in names
         if name.lower().endswith(IMAGE_TYPES)
     ]
-    return np.array(sorted(os.fsencode(path) for path in found))
+    return np.array(sorted(found))
 
 
 class CropDataset(Dataset):
@@ -786,20 +809,20 @@ class CropDataset(Dataset):
     An image that cannot be read is replaced by another one, and named under `unreadable`.
     """
 
-    def __init__(self, root: str, files: np.ndarray, per_epoch: int, seed: int, **views):
-        self.root, self.files, self.per_epoch = root, files, per_epoch
-        self.seed, self.views = seed, views
+    def __init__(self, args: argparse.Namespace, files: np.ndarray, per_epoch: int):
+        self.args, self.files, self.per_epoch = args, files, per_epoch
         self.epoch, self.order = -1, None
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.files[index]))
+        return os.path.join(self.args.data, os.fsdecode(self.files[index]))
 
     def __getitem__(self, i: int) -> dict:
+        args = self.args
         epoch, place = divmod(i, self.per_epoch)
         if epoch != self.epoch:
-            shuffle = np.random.default_rng(seed_of(self.seed, "epoch", epoch))
+            shuffle = np.random.default_rng(seed_of(args.seed, "epoch", epoch))
             self.epoch, self.order = epoch, shuffle.permutation(len(self.files)).astype(np.int32)
-        rng = random.Random(seed_of(self.seed, "sample", i))
+        rng = random.Random(seed_of(args.seed, "sample", i))
         index, unreadable = self.order[place], []
         while True:
             try:
@@ -808,7 +831,8 @@ class CropDataset(Dataset):
             except Exception as error:  # Pillow raises many kinds; the caller names each file
                 unreadable.append((self.path(index), str(error) or type(error).__name__))
                 index = rng.randrange(len(self.files))
-        return make_views(image, rng=rng, **self.views) | {"unreadable": unreadable}
+        views = make_views(image, args.global_size, args.local_size, args.local_crops, rng)
+        return views | {"unreadable": unreadable}
 
 
 def collate(samples: list[dict]) -> dict:
@@ -819,10 +843,9 @@ def collate(samples: list[dict]) -> dict:
 
 
 def start_worker(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the process that can save, and the other cores to other workers."""
+    """Leave Ctrl-C and SIGTERM to the process that can save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 class Network(nn.Module):
@@ -909,35 +932,33 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
         mine.copy_(other)
 
 
-LOG_COLUMNS = ["step", "loss", "floor", "agreement", "lr", "weight_decay"]
-
-
 class Trainer:
-    """State of a training and the step that advances it: networks, optimiser, queue, step count.
+    """State of a training, and the step that advances it.
 
-    Each process of a distributed run holds the same state and works on its share of the images.
+    Every process of a distributed run holds the same state and works on its share of each batch.
     """
 
     def __init__(self, backbone: Backbone, args: argparse.Namespace, device: torch.device):
         self.args, self.device, self.step = args, device, 0
-        self.rank, self.ranks = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        )
-        self.student = Network(backbone).to(device)
-        self.teacher = Network(copy.deepcopy(backbone)).to(device).requires_grad_(False)
+        distributed = dist.is_initialized()
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.teacher = Network(copy.deepcopy(backbone), args.hidden).to(device)
+        self.teacher.requires_grad_(False)
+        self.student = Network(backbone, args.hidden).to(device)
         self.noise_rows = add_drop_path(self.student.backbone)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.student, args.lr, args.head_lr), fused=True
-        )
+        groups = parameter_groups(self.student, args.lr, args.head_lr)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.queue = ReferenceQueue(args.queue, 256, device)
-        self.forward_student = self.student
-        if self.ranks > 1:
-            self.forward_student = nn.parallel.DistributedDataParallel(
-                self.student, find_unused_parameters=True, broadcast_buffers=False
-            )
+        self.pairs = [(g, v) for g in range(2) for v in range(2 + args.local_crops) if v != g]
+        self.host_loss = torch.zeros((), pin_memory=device.type == "cuda")
+        if args.compile:
+            self.student.compile()
+            self.teacher.compile()
+        self.parallel = self.student
+        if distributed:
+            # a static graph may leave parameters without gradient, such as DINOv2's mask token
+            self.parallel = nn.parallel.DistributedDataParallel(self.student, static_graph=True)
             self.cpu_group = dist.new_group(backend="gloo")
-        crops = range(2 + args.local_crops)
-        self.pairs = [(g, v) for g in range(2) for v in crops if v != g]
 
     def state(self) -> dict:
         """All that is needed to go on, as tensors and plain values."""
@@ -950,15 +971,13 @@ class Trainer:
         }
 
     def load_state(self, state: dict) -> None:
+        """Go on from what `state` returned, in this or another process."""
         self.step = state["step"]
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self.queue).update(state["queue"])
         self.queue.patches = self.queue.patches.to(self.device)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, self.args.precision == "bf16")
 
     def mean(self, values: Tensor) -> list[float]:
         """Mean of some values over all ranks; waits for the device."""
@@ -975,53 +994,15 @@ class Trainer:
         return flags.item() > 0
 
     def gather(self, patches: Tensor) -> Tensor:
-        """Bring the patches (2, b, K, D) of all ranks together, in the order of the batch."""
+        """Patches (2, b, K, D) of all ranks, in the order of the batch: (2, B, K, D)."""
         if self.ranks == 1:
             return patches
         parts = [torch.empty_like(patches) for _ in range(self.ranks)]
         dist.all_gather(parts, patches.contiguous())
         return torch.cat(parts, dim=1)
 
-    def embed_by_teacher(self, parts: list[dict], positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells of all crop pairs (P, b, N, D), and patches (2, b, K, D) at random positions."""
-        cells, patches = [], []
-        for part, at in zip(parts, positions.chunk(len(parts), dim=1)):
-            with torch.no_grad(), self.autocast():
-                maps = self.teacher([torch.cat(part["crops"][:2])])[0].chunk(2)
-            boxes = part["boxes"]
-            cells.append(
-                torch.stack(
-                    [
-                        align(
-                            maps[g],
-                            boxes[:, g],
-                            intersect(boxes[:, g], boxes[:, v]),
-                            self.args.grid,
-                        )
-                        for g, v in self.pairs
-                    ]
-                )
-            )
-            flat = torch.stack(maps).flatten(3).transpose(2, 3)  # (2, b, h * w, D)
-            patches.append(flat.gather(2, at[..., None].expand(-1, -1, -1, flat.shape[3])))
-        return torch.cat(cells, dim=1), torch.cat(patches, dim=1)
-
-    def embed_by_student(self, part: dict) -> Tensor:
-        """Cells (P, b, N, D) of the other crop of each pair, with drop path."""
-        crops, boxes, noise = part["crops"], part["boxes"], part["noise"]
-        batches, noises = [torch.cat(crops[:2])], [noise[:, :2].flatten(1)]
-        if len(crops) > 2:
-            batches.append(torch.cat(crops[2:]))
-            noises.append(noise[:, 2:].flatten(1))
-        with self.autocast():
-            embedded = self.forward_student(batches, noises)
-        maps = [m for batch in embedded for m in batch.split(len(boxes))]
-        return torch.stack(
-            [
-                align(maps[v], boxes[:, v], intersect(boxes[:, g], boxes[:, v]), self.args.grid)
-                for g, v in self.pairs
-            ]
-        )
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def train_step(self, batch: dict, measure: bool) -> Tensor:
         """Advance by one optimiser step on this rank's images of a batch.
@@ -1029,115 +1010,142 @@ class Trainer:
         Returns loss, floor and agreement (3,) of these images; the latter two only if `measure`.
         Raises FloatingPointError, before anything is updated, if the loss is not finite.
         """
-        args, device = self.args, self.device
-        generator = torch.Generator().manual_seed(seed_of(args.seed, "step", self.step))
+        args = self.args
         share = args.batch_size // self.ranks
-        mine = slice(self.rank * share, (self.rank + 1) * share)  # of the whole batch
-        noise = torch.rand(
-            self.noise_rows, 2 + args.local_crops, args.batch_size, generator=generator
-        )[:, :, mine]
-        references = args.grid**2
-        per_side = args.global_size // self.student.backbone.patch_size
-        will_be_filled = min(self.queue.filled + 10 * args.batch_size, args.queue)
-        count = min(10 if will_be_filled >= references else references, per_side**2)
-        positions = torch.rand(2, args.batch_size, per_side**2, generator=generator)
-        positions = positions.topk(count).indices[:, mine].to(device, non_blocking=True)
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, args.precision == "bf16")
 
+        # Random numbers are drawn for the whole batch, whoever works on which part of it.
+        seed = seed_of(args.seed, "step", self.step)
+        generator = torch.Generator().manual_seed(seed)
+        crops, references = 2 + args.local_crops, args.grid**2
+        patches = (args.global_size // self.student.backbone.patch_size) ** 2
+        noise = torch.rand(self.noise_rows, crops, args.batch_size, generator=generator)
+        scores = torch.rand(2, args.batch_size, patches, generator=generator)
+        filled = min(self.queue.filled + 10 * args.batch_size, args.queue)
+        count = min(10 if filled >= references else references, patches)
+        places = self.to_device(scores.topk(count).indices[:, mine])
+
+        # Accumulation: the images in parts, each with its crops, boxes and noise.
         parts = []
-        for i in torch.arange(share).chunk(args.accumulate):
-            colours = batch["colours"][i]
-            crops = [
-                change_colours(kind[i, k].to(device, non_blocking=True), colours[:, offset + k])
-                for kind, offset in ((batch["global_crops"], 0), (batch["local_crops"], 2))
-                for k in range(kind.shape[1])
-            ]
-            boxes = batch["boxes"][i].to(device, non_blocking=True)
-            parts.append({"crops": crops, "boxes": boxes, "noise": noise[:, :, i].to(device)})
+        for rows in torch.arange(share).chunk(args.accumulate):
+            views = [batch["global_crops"][rows, k] for k in range(2)]
+            views += [batch["local_crops"][rows, k] for k in range(args.local_crops)]
+            colours = batch["colours"][rows].unbind(1)
+            views = [change_colours(self.to_device(v), c) for v, c in zip(views, colours)]
+            boxes = self.to_device(batch["boxes"][rows])
+            parts.append((views, boxes, self.to_device(noise[:, :, mine][:, :, rows])))
 
-        targets, patches = self.embed_by_teacher(parts, positions)
-        patches = self.gather(patches)
-        self.queue.push(patches[:, :, :10].flatten(1, 2))
-        if self.queue.filled >= references:
-            pool = self.queue.patches[:, : self.queue.filled]
-        else:  # too little to draw from: the current batch
-            pool = patches.flatten(1, 2)
-        order = reference_order(
-            len(self.pairs), pool.shape[1], args.batch_size, references, generator.initial_seed()
-        )[:, mine].to(device)
-        drawn = torch.stack([pool[g][order[k]] for k, (g, _) in enumerate(self.pairs)])
+        # Teacher: the cells to rank, and random patches of every image for the queue.
+        targets, samples = [], []
+        for (views, boxes, _), at in zip(parts, places.chunk(len(parts), dim=1)):
+            with torch.no_grad(), autocast:
+                maps = self.teacher([torch.cat(views[:2])])[0].chunk(2)
+            targets.append(align_pairs(maps, boxes, self.pairs, 0, args.grid))
+            flat = torch.stack(maps).flatten(3).transpose(2, 3)  # (2, b, h * w, D)
+            samples.append(flat.gather(2, at[..., None].expand(-1, -1, -1, flat.shape[3])))
+        samples = self.gather(torch.cat(samples, dim=1))  # (2, B, count, D)
+        self.queue.push(samples[:, :, :10].flatten(1, 2))
+        enough = self.queue.filled >= references
+        pool = self.queue.patches[:, : self.queue.filled] if enough else samples.flatten(1, 2)
+        order = reference_order(len(self.pairs), pool.shape[1], args.batch_size, references, seed)
+        order = self.to_device(order[:, mine])
+        drawn = torch.stack([pool[g, order[k]] for k, (g, _) in enumerate(self.pairs)])
 
-        for group in self.optimizer.param_groups:
-            progress = self.step / args.steps
-            group["lr"] = cosine(group["base_lr"], 0, progress)
-            group["weight_decay"] = cosine(*args.weight_decay, progress) if group["decays"] else 0.0
-        self.optimizer.zero_grad(set_to_none=True)
-        measures = torch.zeros(3, device=device)
-        for part, target, reference in zip(
-            parts, targets.chunk(len(parts), dim=1), drawn.chunk(len(parts), dim=1)
-        ):
-            cells = self.embed_by_student(part).flatten(0, 1)
-            target, reference = target.flatten(0, 1), reference.flatten(0, 1)
+        # Student: all crops, one loss over all pairs.
+        self.optimizer.zero_grad()
+        measures = torch.zeros(3, device=self.device)
+        for k, (views, boxes, noise) in enumerate(parts):
+            rows = slice(k * len(boxes), (k + 1) * len(boxes))
+            target, reference = targets[k].flatten(0, 1), drawn[:, rows].flatten(0, 1)
+            sizes = [views[:2], views[2:]] if args.local_crops else [views[:2]]
+            noises = [noise[:, :2].flatten(1), noise[:, 2:].flatten(1)]
+            with autocast:
+                maps = self.parallel([torch.cat(v) for v in sizes], noises)
+            maps = [m for same_size in maps for m in same_size.split(len(boxes))]
+            cells = align_pairs(maps, boxes, self.pairs, 1, args.grid).flatten(0, 1)
             loss = neco_loss(
                 cells, target, reference, args.steepness, args.teacher_steepness, args.sorting
-            )
-            (loss / len(parts)).backward()
-            measures[0] += loss.detach() / len(parts)
+            ) / len(parts)
+            measures[0] += loss.detach()
             if measure:
                 floor = neco_loss(
                     target, target, reference, args.teacher_steepness, kind=args.sorting
                 )
-                measures[1] += floor / len(parts)
-                measures[2] += rank_agreement(cells.detach(), target, reference) / len(parts)
-        if not math.isfinite(measures[0]):
-            raise FloatingPointError(f"{float(measures[0])}")
+                agreement = rank_agreement(cells.detach(), target, reference)
+                measures[1:] += torch.stack([floor, agreement]) / len(parts)
+            self.host_loss.copy_(measures[0], non_blocking=True)
+            copied = torch.cuda.Event() if self.device.type == "cuda" else None
+            if copied:
+                copied.record()
+            loss.backward()
+        if copied:  # the backward pass keeps the GPU busy meanwhile
+            copied.synchronize()
+        if not math.isfinite(self.host_loss):
+            raise FloatingPointError(f"{float(self.host_loss)}")
+
+        progress = self.step / args.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = cosine(group["base_lr"], 0, progress)
+            group["weight_decay"] = cosine(*args.weight_decay, progress) if group["decays"] else 0.0
         self.optimizer.step()
-        momentum = cosine(args.momentum, 1.0, progress)
-        update_teacher(self.teacher, self.student, momentum)
+        update_teacher(self.teacher, self.student, cosine(args.momentum, 1, progress))
         self.step += 1
         return measures
 
 
-def save(path: Path, content) -> None:
-    """Write a file by way of a temporary name, so that the old or the new one is there, whole."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turn a failed write into the end of the run, with a sentence."""
     try:
-        with open(temporary, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         raise SystemExit(
-            f"neco.py: cannot write {path} ({error}); the last good checkpoint is kept: make room "
-            "and give the same command to go on"
+            f"neco.py: cannot write {path} ({error}); the last good checkpoint is kept: make room, "
+            "then the same command goes on from it"
         ) from error
 
 
+def save(path: Path, content: dict | str) -> None:
+    """Write a file by way of a temporary name, so that the old or the new one is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                if isinstance(content, str):
+                    file.write(content.encode())
+                else:
+                    torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
 def read_checkpoint(path: Path, settings: dict) -> dict | None:
-    """Read a checkpoint of a run with the same settings; None if there is none."""
+    """Read the checkpoint of a run with the same settings; None if there is none."""
     if not path.exists():
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before, complete = checkpoint["settings"], checkpoint.keys() >= {"student", "queue"}
+        before = dict(checkpoint["settings"])
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
         raise InputError(
-            f"--out: {path} is broken or not a checkpoint of neco.py ({type(error).__name__}); "
-            "move it away or choose another folder"
+            f"--out: {path} is broken or no checkpoint of neco.py: move it away, or give another "
+            "folder"
         ) from error
-    if not complete:
-        raise InputError(f"--out: {path} is not a checkpoint of neco.py; choose another folder")
     for name, value in settings.items():
         if before.get(name) != value:
             raise InputError(
-                f"--out: the run in {path.parent} has {name} = {before.get(name)}, not {value}; give the "
-                "same settings to go on, or another folder"
+                f"--out: the run in {path.parent} has {name} {before.get(name)}, not {value}: give "
+                "the same settings to go on with it, or another folder"
             )
     return checkpoint
+
+
+LOG_COLUMNS = ["step", "loss", "floor", "agreement", "lr", "weight_decay"]
 
 
 def start_log(path: Path, step: int) -> None:
@@ -1145,13 +1153,7 @@ def start_log(path: Path, step: int) -> None:
     rows = path.read_text().splitlines()[1:] if step and path.exists() else []
     rows = [row.split(",") for row in rows]
     kept = [r for r in rows if len(r) == len(LOG_COLUMNS) and r[0].isdigit() and int(r[0]) <= step]
-    save(path, "".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *kept]).encode())
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    save(path, "".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *kept]))
 
 
 def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> int:
@@ -1164,68 +1166,54 @@ def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> in
     steps_per_epoch = len(files) // args.batch_size
     args.steps = args.steps or args.epochs * steps_per_epoch
     trainer = Trainer(backbone, args, device)
-    digest = zlib.crc32(b"\0".join(files.tolist()))
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["images"] = f"{len(files)} ({digest:08x})"
-    checkpoint = read_checkpoint(out / "checkpoint.pth", settings)
+    settings["images"] = f"{len(files)} ({zlib.crc32(files.tobytes()):08x})"
     unreadable = set()
-    if checkpoint:
+    if checkpoint := read_checkpoint(out / "checkpoint.pth", settings):
         trainer.load_state(checkpoint)
         unreadable.update(checkpoint["unreadable"])
-    first, main = trainer.step, trainer.rank == 0
+    first, talks, terminal = trainer.step, trainer.rank == 0, sys.stdout.isatty()
 
     def save_all() -> None:
-        if main:
+        if talks:
             state = trainer.state() | {"settings": settings, "unreadable": sorted(unreadable)}
             save(out / "checkpoint.pth", state)
             for name in ("student", "teacher"):
                 save(out / f"{name}.pth", getattr(trainer, name).backbone.model.state_dict())
 
     share = args.batch_size // trainer.ranks
+    starts = range(first * args.batch_size, args.steps * args.batch_size, args.batch_size)
+    starts = (start + trainer.rank * share for start in starts)
     loader = DataLoader(
-        CropDataset(
-            args.data,
-            files,
-            steps_per_epoch * args.batch_size,
-            args.seed,
-            global_size=args.global_size,
-            local_size=args.local_size,
-            local_crops=args.local_crops,
-        ),
-        batch_sampler=(
-            range(start, start + share)
-            for start in range(
-                first * args.batch_size + trainer.rank * share,
-                args.steps * args.batch_size,
-                args.batch_size,
-            )
-        ),
+        CropDataset(args, files, steps_per_epoch * args.batch_size),
+        batch_sampler=(range(start, start + share) for start in starts),
         num_workers=args.workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
+        # forked workers share the list of files and the libraries; elsewhere the platform decides
+        multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
     )
-    if main:
+    if talks:
         start_log(out / "log.csv", first)
         parameters = sum(p.numel() for p in backbone.parameters()) / 1e6
         print(
-            f"NeCo post-trains {args.backbone} ({parameters:.1f} M parameters) on {len(files)} images\n"
-            f"of {args.data}: steps {first} to {args.steps} of {args.batch_size} images, each 2 x "
-            f"{args.global_size} px and {args.local_crops} x {args.local_size} px,\n"
-            f"on {device} in {args.precision}, {trainer.ranks} process(es), seed {args.seed}",
+            f"NeCo: {args.backbone} ({parameters:.1f} M parameters) on {len(files)} images of "
+            f"{args.data}\nsteps {first} to {args.steps} of {args.batch_size} images, 2 x "
+            f"{args.global_size} and {args.local_crops} x {args.local_size} px; {device}, "
+            f"{args.precision}, {trainer.ranks} process{'es' * (trainer.ranks > 1)}"
+            + ("" if trainer.noise_rows else "; no drop path (the backbone has no blocks)"),
             flush=True,
         )
-        if not trainer.noise_rows:
-            print("no drop path: the backbone has no blocks with attn and mlp")
-
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
-    start, flattened, terminal = time.monotonic(), False, sys.stdout.isatty()
+
+    begun, flattened = time.monotonic(), False
     for batch in loader:
         for path, reason in batch["unreadable"]:
             if path not in unreadable:
-                print(f"neco.py: skipped {path}, it cannot be read: {reason}", file=sys.stderr)
+                print(f"neco.py: skipped {path}, which cannot be read: {reason}", file=sys.stderr)
                 unreadable.add(path)
         step = trainer.step + 1
         measured = step % args.log_every == 0 or step in (1, args.steps)
@@ -1233,58 +1221,187 @@ def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> in
             measures = trainer.train_step(batch, measured)
         except FloatingPointError as error:
             raise SystemExit(
-                f"neco.py: the loss is {error} at step {step}; the weights did not take it, and the "
-                f"last checkpoint stays in {out}. Try a lower --lr and --head-lr"
-            ) from None
+                f"neco.py: the loss is {error} at step {step}; the weights did not take it, and "
+                f"the last checkpoint stays in {out}: try a lower --lr and --head-lr"
+            ) from error
         if measured:
             loss, floor, agreement = trainer.mean(measures)
-            if main:
-                decayed = trainer.optimizer.param_groups[0]
-                row = loss, floor, agreement, decayed["lr"], decayed["weight_decay"]
-                line = ",".join([str(step), *(f"{value:.6g}" for value in row)])
-                with open(out / "log.csv", "a") as log:
-                    log.write(line + "\n")
-                pace = (time.monotonic() - start) / (step - first)
+        if measured and talks:
+            decayed = trainer.optimizer.param_groups[0]
+            row = loss, floor, agreement, decayed["lr"], decayed["weight_decay"]
+            with writing(out / "log.csv"), open(out / "log.csv", "a") as log:
+                log.write(",".join([str(step), *(f"{value:.6g}" for value in row)]) + "\n")
+            pace = (time.monotonic() - begun) / (step - first)
+            left = datetime.timedelta(seconds=round((args.steps - step) * pace))
+            print(
+                f"{chr(13) * terminal}step {step}/{args.steps}  loss {loss:.3f}  floor {floor:.3f}"
+                f"  agreement {agreement:.2f}  {args.batch_size / pace:.1f} images/s  {left} left ",
+                end="" if terminal else "\n",
+                flush=True,
+            )
+            uniform = math.log(args.grid**2)
+            if floor > 0.95 * uniform and not flattened:
+                flattened = True
                 print(
-                    ("\r" if terminal else "")
-                    + f"step {step}/{args.steps}  loss {loss:.3f}  floor {floor:.3f}  agreement "
-                    f"{agreement:.2f}  {args.batch_size / pace:.1f} images/s  left "
-                    f"{duration((args.steps - step) * pace)} ",
-                    end="" if terminal else "\n",
-                    flush=True,
+                    f"\nneco.py: warning: the teacher's rankings are nearly uniform (floor "
+                    f"{floor:.2f} of at most {uniform:.2f}): the features may be collapsing. Try a "
+                    "lower --lr and --head-lr, a --momentum nearer to 1, or a --teacher-steepness "
+                    "above --steepness",
+                    file=sys.stderr,
                 )
-                uniform = math.log(args.grid**2)
-                if floor > 0.95 * uniform and not flattened:
-                    flattened = True
-                    print(
-                        f"\nwarning: the teacher's rankings are nearly uniform (floor {floor:.2f} of at "
-                        f"most {uniform:.2f}), the features may be collapsing. Try a lower --lr and "
-                        "--head-lr, a --momentum nearer to 1, or a --teacher-steepness above --steepness",
-                        file=sys.stderr,
-                    )
         if trainer.any(bool(stopped)):
             break
         if step % args.save_every == 0 and step < args.steps:
             save_all()
     save_all()
-    if main:
+    if talks:
         print(
-            ("\n" if terminal else "")
-            + (f"stopped at step {trainer.step}, the same command goes on; " if stopped else "")
+            "\n" * terminal
+            + f"stopped at step {trainer.step}, the same command goes on from here; "
+            * bool(stopped)
             + f"wrote student.pth, teacher.pth, checkpoint.pth and log.csv to {out}"
-            + (f"; {len(unreadable)} images could not be read" if unreadable else "")
+            + f"; {len(unreadable)} images could not be read" * bool(unreadable)
         )
     return 128 + stopped[0] if stopped else 0
 
 
 # -------------------------------------------------------------------------------- command line
-# Every default is the recipe of the paper. What is wrong with the input is said in one sentence
-# on stderr, with exit status 2, before anything is written.
+# Every default is the paper's recipe. What is wrong with the input is said in one sentence on
+# stderr, with exit status 2. The demo at the end makes images to try it all on.
 
-SETTINGS = (  # what a resumed run must share with the one before
-    "backbone hub weights steps batch_size accumulate global_size local_size local_crops grid queue lr "
-    "head_lr weight_decay momentum steepness teacher_steepness sorting precision seed"
-).split()
+
+def number(kind: type, low: float, high: float = math.inf):
+    """Make an argparse type: a finite number of a kind, from low to high."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            limit = f"from {low:g}" + f" to {high:g}" * math.isfinite(high)
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
+        return value
+
+    return parse
+
+
+WHOLE, POSITIVE = number(int, 1), number(float, 1e-9)
+FLAGS = [  # name, type or choices, default, help
+    ("data", str, None, "folder of images, searched recursively; no labels needed"),
+    ("out", str, "runs/neco", "folder for the results; a run in it is resumed"),
+    ("backbone", str, "dinov2_vits14_reg", f"{', '.join(BACKBONES)}, or any of --hub"),
+    ("hub", str, None, "owner/repo[:ref] or local folder with hubconf.py; its code is run"),
+    ("weights", str, None, "state dict to start from, instead of the hub's weights"),
+    ("epochs", WHOLE, 25, "passes over the images"),
+    ("steps", WHOLE, None, "number of steps, instead of epochs; the schedules span it"),
+    ("batch-size", WHOLE, 64, "images a step, over all processes"),
+    ("accumulate", WHOLE, 1, "work on a batch in so many parts, to save memory; same loss"),
+    ("global-size", WHOLE, 518, "side of the 2 global crops, a multiple of the patch size"),
+    ("local-size", WHOLE, 98, "side of the local crops, likewise"),
+    ("local-crops", number(int, 0), 4, "local crops an image"),
+    ("grid", number(int, 2), 7, "N x N cells of a crop pair rank N x N references"),
+    ("queue", WHOLE, 8192, "teacher patches to draw references from, at least N x N"),
+    ("hidden", WHOLE, 2048, "width of the head; less for a small backbone"),
+    ("lr", POSITIVE, 1e-5, "learning rate of the backbone; a far higher one collapses"),
+    ("head-lr", POSITIVE, 1e-4, "learning rate of the head"),
+    ("weight-decay", number(float, 0), [0.04, 0.5], "of AdamW, at the start and at the end"),
+    ("momentum", number(float, 0, 1), 0.9995, "of the teacher at the start; 1 at the end"),
+    ("steepness", POSITIVE, 100.0, "of the sorting network; infinity is a hard sort"),
+    ("teacher-steepness", POSITIVE, None, "as --steepness; a higher one works against collapse"),
+    ("sorting", ("bitonic", "odd_even"), "bitonic", "sorting network: bitonic or odd_even"),
+    ("workers", number(int, 0), min(16, os.cpu_count() or 1), "processes that read images"),
+    ("device", str, None, "cpu, cuda or cuda:N; cuda where there is one"),
+    ("precision", ("bf16", "fp32"), None, "of the networks: bf16 on a GPU, fp32 on a CPU"),
+    ("seed", number(int, 0), 0, "of all that is random"),
+    ("log-every", WHOLE, 50, "steps between lines of progress and rows of log.csv"),
+    ("save-every", WHOLE, 1000, "steps between checkpoints"),
+]
+FREE = ("data", "out", "epochs", "workers", "device", "log_every", "save_every")  # when resuming
+SETTINGS = [name.replace("-", "_") for name, *_ in FLAGS if name.replace("-", "_") not in FREE]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; raise InputError where a value is wrong or two do not go together."""
+    parser = argparse.ArgumentParser(
+        "neco.py",
+        usage="neco.py --data FOLDER [options]",
+        description=__doc__.split("\n\n")[2]
+        + "\n    torchrun --nproc-per-node 4 neco.py --data FOLDER",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, kind, default, text in FLAGS:
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        if isinstance(default, list):
+            how["nargs"] = len(default)
+        text += "" if default is None else " (%(default)s)"
+        parser.add_argument(
+            f"--{name}", default=default, help=text, metavar=name[:1].upper(), **how
+        )
+    parser.add_argument("--compile", action="store_true", help="compile the networks; slow start")
+    parser.add_argument(
+        "--demo", action="store_true", help="make small images and train tiny on them"
+    )
+
+    def error(message: str):
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = error
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if bool(args.data) == args.demo:
+        raise InputError("give --data, a folder of images, or --demo, which makes its own")
+    if args.queue < args.grid**2:
+        raise InputError(
+            f"--queue {args.queue} is less than the {args.grid**2} references of --grid"
+        )
+    args.teacher_steepness = args.teacher_steepness or args.steepness
+    cuda = torch.cuda.is_available()
+    args.device = args.device or ("cuda" if cuda else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", args.device) is None:
+        raise InputError(f"--device {args.device} is not cpu, cuda or cuda:N")
+    if args.device != "cpu" and not cuda:
+        raise InputError(f"--device {args.device}: there is no CUDA device here, give cpu")
+    args.precision = args.precision or ("fp32" if args.device == "cpu" else "bf16")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if args.batch_size % (ranks * args.accumulate):
+        raise InputError(
+            f"--batch-size {args.batch_size} is no multiple of --accumulate {args.accumulate}"
+            + f" times {ranks} processes" * (ranks > 1)
+        )
+    return args
+
+
+def check_folders(args: argparse.Namespace) -> np.ndarray:
+    """List the images of args.data and make args.out; raise InputError if a run cannot use them."""
+    if not Path(args.data).is_dir():
+        raise InputError(f"--data {args.data}: there is no such folder")
+    files = find_images(args.data)
+    if not len(files):
+        raise InputError(f"--data {args.data}: no image in it ({', '.join(IMAGE_TYPES)})")
+    if len(files) < args.batch_size:
+        raise InputError(
+            f"--data {args.data}: {len(files)} images are less than a batch, give --batch-size "
+            f"{len(files)} or less"
+        )
+    for name in files:
+        try:
+            load_image(os.path.join(args.data, os.fsdecode(name)))
+            break
+        except Exception as error:  # one good image is enough: the training skips and names others
+            reason = error
+    else:
+        raise InputError(f"--data {args.data}: none of {len(files)} images can be read ({reason})")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise InputError(f"--out {args.out} cannot be written ({error.strerror})") from error
+    return files
+
+
 DEMO = {
     "out": "runs/demo",
     "backbone": "tiny",
@@ -1295,270 +1412,6 @@ DEMO = {
     "workers": 0,
     "log_every": 20,
 }
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """Make an argparse type: a number of a kind from low (or above it) to high."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value <= high or (value == low and not above)) or math.isinf(value):
-            what = "a whole number" if kind is int else "a number"
-            limit = f"{'above' if above else 'from'} {low:g}" + (
-                f" to {high:g}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
-        return value
-
-    return parse
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="neco.py",
-        usage="python neco.py --data FOLDER [--out FOLDER] [options]",
-        description=__doc__.split("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Several GPUs: torchrun --nproc-per-node 4 neco.py --data FOLDER",
-    )
-    add, whole = parser.add_argument, functools.partial(number, int)
-    positive = number(float, 0, above=True)
-    add("--data", metavar="FOLDER", help="images, searched recursively; labels are not needed")
-    add(
-        "--out",
-        default="runs/neco",
-        metavar="FOLDER",
-        help="results; a run there goes on where it stopped (%(default)s)",
-    )
-    add(
-        "--demo",
-        action="store_true",
-        help="make a small set of images and train tiny on it; needs nothing",
-    )
-    add(
-        "--backbone",
-        default="dinov2_vits14_reg",
-        metavar="NAME",
-        help=f"hub model to post-train: {', '.join(BACKBONES)}, or any of --hub (%(default)s)",
-    )
-    add(
-        "--hub",
-        metavar="HUB",
-        help="owner/repo[:ref] or a local folder with hubconf.py; torch.hub runs its code",
-    )
-    add("--weights", metavar="FILE", help="state dict to start from instead of the hub's weights")
-    add(
-        "--epochs",
-        type=whole(1),
-        default=25,
-        metavar="N",
-        help="passes over the images (%(default)s)",
-    )
-    add(
-        "--steps",
-        type=whole(1),
-        metavar="N",
-        help="number of steps instead of epochs; the schedules span it",
-    )
-    add(
-        "--batch-size",
-        type=whole(1),
-        default=64,
-        metavar="N",
-        help="images a step, over all processes (%(default)s)",
-    )
-    add(
-        "--accumulate",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="split a step's images into N parts that need less memory; same loss (%(default)s)",
-    )
-    add(
-        "--global-size",
-        type=whole(1),
-        default=518,
-        metavar="PX",
-        help="side of the 2 global crops, a multiple of the patch size (%(default)s)",
-    )
-    add(
-        "--local-size",
-        type=whole(1),
-        default=98,
-        metavar="PX",
-        help="side of the local crops, likewise (%(default)s)",
-    )
-    add(
-        "--local-crops",
-        type=whole(0),
-        default=4,
-        metavar="N",
-        help="local crops an image (%(default)s)",
-    )
-    add(
-        "--grid",
-        type=whole(2),
-        default=7,
-        metavar="N",
-        help="N x N cells are compared, with as many references (%(default)s)",
-    )
-    add(
-        "--queue",
-        type=whole(1),
-        default=8192,
-        metavar="N",
-        help="teacher patches kept to draw references from, at least grid^2 (%(default)s)",
-    )
-    add(
-        "--lr",
-        type=positive,
-        default=1e-5,
-        help="learning rate of the backbone; too high collapses (%(default)s)",
-    )
-    add(
-        "--head-lr",
-        type=positive,
-        default=1e-4,
-        metavar="LR",
-        help="learning rate of the head (%(default)s)",
-    )
-    add(
-        "--weight-decay",
-        type=number(float, 0),
-        nargs=2,
-        default=[0.04, 0.5],
-        metavar=("START", "END"),
-        help="AdamW, on a cosine (0.04 0.5)",
-    )
-    add(
-        "--momentum",
-        type=number(float, 0, 1),
-        default=0.9995,
-        metavar="M",
-        help="of the teacher at the start, 1 at the end (%(default)s)",
-    )
-    add(
-        "--steepness",
-        type=positive,
-        default=100.0,
-        metavar="S",
-        help="of the sorting network: higher is closer to a hard sort (%(default)s)",
-    )
-    add(
-        "--teacher-steepness",
-        type=positive,
-        metavar="S",
-        help="of the teacher's; above --steepness it works against collapse (as --steepness)",
-    )
-    add(
-        "--sorting",
-        choices=["bitonic", "odd_even"],
-        default="bitonic",
-        help="sorting network (%(default)s)",
-    )
-    add(
-        "--workers",
-        type=whole(0),
-        default=min(16, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that read images (%(default)s)",
-    )
-    add("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
-    add(
-        "--precision",
-        choices=["bf16", "fp32"],
-        help="of the networks; the loss is always float32 (bf16 on a GPU)",
-    )
-    add("--seed", type=whole(0), default=0, metavar="N", help="of everything random (%(default)s)")
-    add(
-        "--log-every",
-        type=whole(1),
-        default=50,
-        metavar="N",
-        help="steps between lines of progress and of log.csv (%(default)s)",
-    )
-    add(
-        "--save-every",
-        type=whole(1),
-        default=1000,
-        metavar="N",
-        help="steps between checkpoints (%(default)s)",
-    )
-    return parser
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line; raise InputError where its values do not go together."""
-    parser = build_parser()
-
-    def error(message: str):
-        raise InputError(message.removeprefix("argument "))
-
-    parser.error = error
-    if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)
-    if args.demo and args.data:
-        raise InputError("--demo makes its own images: give either --demo or --data")
-    if not args.demo and not args.data:
-        raise InputError("--data is needed: a folder of images (or try --demo)")
-    if args.queue < args.grid**2:
-        raise InputError(f"--queue {args.queue} is too short for {args.grid**2} references")
-    if args.batch_size % args.accumulate:
-        raise InputError(
-            f"--accumulate {args.accumulate} does not divide --batch-size {args.batch_size}"
-        )
-    if args.teacher_steepness is None:
-        args.teacher_steepness = args.steepness
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.device(args.device).type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {args.device} is unknown: take cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: this machine has no CUDA device, take cpu")
-    args.precision = args.precision or ("bf16" if kind == "cuda" else "fp32")
-    return args
-
-
-def check_images(args: argparse.Namespace) -> np.ndarray:
-    """List the images of args.data; raise InputError unless a run can start with them."""
-    if not Path(args.data).is_dir():
-        raise InputError(f"--data {args.data}: there is no such folder")
-    files = find_images(args.data)
-    if not len(files):
-        raise InputError(f"--data {args.data}: no image in it ({', '.join(IMAGE_TYPES)})")
-    for name in files:
-        try:
-            load_image(os.path.join(args.data, os.fsdecode(name)))
-            break
-        except Exception:  # reported below if it is so of all
-            continue
-    else:
-        raise InputError(f"--data {args.data}: none of its {len(files)} images can be read")
-    if len(files) < args.batch_size:
-        raise InputError(
-            f"--data {args.data}: {len(files)} images are fewer than a batch, give --batch-size "
-            f"{len(files)} or less"
-        )
-    return files
-
-
-def check_out(folder: str) -> None:
-    """Make the folder for the results; raise InputError if it cannot be written."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written ({error.strerror})") from error
-
-
 TEXTURES = (  # of the demo: brightness 0-1 at pixel (x, y), period p; one for each class
     lambda x, y, p: (x // p % 2) + 0 * y,
     lambda x, y, p: (y // p % 2) + 0 * x,
@@ -1604,43 +1457,35 @@ def write_demo_images(root: Path, seed: int, size: int = 112) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     try:
-        args = parse(argv)
-        check_out(args.out)
+        args = parse_arguments(argv)
         if args.demo:
-            write_demo_images(Path(args.out) / "data", args.seed)
-            args.data = str(Path(args.out) / "data" / "train" / "images")
-        files = check_images(args)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-        if args.batch_size % (ranks * args.accumulate):
-            raise InputError(
-                f"--batch-size {args.batch_size} is no multiple of {ranks} processes x "
-                f"{args.accumulate} parts"
-            )
+            args.data = os.path.join(args.out, "data", "train", "images")
+            write_demo_images(Path(args.out, "data"), args.seed)
+        files = check_folders(args)
         torch.manual_seed(args.seed)
         backbone = load_backbone(args.backbone, args.hub, args.weights)
-        for flag in ("global_size", "local_size"):
-            if getattr(args, flag) % backbone.patch_size:
+        for flag, size in (("--global-size", args.global_size), ("--local-size", args.local_size)):
+            if size % backbone.patch_size:
                 raise InputError(
-                    f"--{flag.replace('_', '-')} {getattr(args, flag)} is no multiple of the patch size "
-                    f"{backbone.patch_size} of {args.backbone}"
+                    f"{flag} {size} is no multiple of {backbone.patch_size}, the patch size of "
+                    f"{args.backbone}"
                 )
-        if ranks > 1:
-            cuda = torch.device(args.device).type == "cuda"
-            if cuda:
+        if "WORLD_SIZE" in os.environ:
+            if args.device != "cpu":
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
         status = train(args, backbone, files)
-        if ranks > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
+        if args.demo and not status:
+            print(f"next: python eval_seg.py --demo --data {args.out}")
+        return status
     except InputError as error:
         print(f"neco.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    if args.demo and status == 0:
-        print(f"next: python eval_seg.py --demo --data {args.out}")
-    return status
 
 
 if __name__ == "__main__":
