@@ -1002,6 +1002,8 @@ class Trainer:
         return torch.cat(parts, dim=1)
 
     def to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()  # only then the host need not wait
         return tensor.to(self.device, non_blocking=True)
 
     def train_step(self, batch: dict, measure: bool) -> Tensor:
@@ -1020,27 +1022,29 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         crops, references = 2 + args.local_crops, args.grid**2
         patches = (args.global_size // self.student.backbone.patch_size) ** 2
-        noise = torch.rand(self.noise_rows, crops, args.batch_size, generator=generator)
+        noise = torch.rand(self.noise_rows, args.batch_size, crops, generator=generator)[:, mine]
         scores = torch.rand(2, args.batch_size, patches, generator=generator)
         filled = min(self.queue.filled + 10 * args.batch_size, args.queue)
         count = min(10 if filled >= references else references, patches)
         places = self.to_device(scores.topk(count).indices[:, mine])
 
-        # Accumulation: the images in parts, each with its crops, boxes and noise.
+        # Accumulation: a batch in parts, each with its crops, their noise, and the boxes.
         parts = []
-        for rows in torch.arange(share).chunk(args.accumulate):
-            views = [batch["global_crops"][rows, k] for k in range(2)]
-            views += [batch["local_crops"][rows, k] for k in range(args.local_crops)]
-            colours = batch["colours"][rows].unbind(1)
-            views = [change_colours(self.to_device(v), c) for v, c in zip(views, colours)]
-            boxes = self.to_device(batch["boxes"][rows])
-            parts.append((views, boxes, self.to_device(noise[:, :, mine][:, :, rows])))
+        for first in range(0, share, share // args.accumulate):
+            rows = slice(first, first + share // args.accumulate)
+            views, noises = [], []
+            sizes = [("global_crops", slice(0, 2)), ("local_crops", slice(2, crops))]
+            for name, which in sizes if args.local_crops else sizes[:1]:
+                images = self.to_device(batch[name][rows]).flatten(0, 1)  # (b * crops, 3, H, W)
+                views.append(change_colours(images, batch["colours"][rows, which].flatten(0, 1)))
+                noises.append(self.to_device(noise[:, rows, which].flatten(1)))
+            parts.append((views, noises, self.to_device(batch["boxes"][rows])))
 
         # Teacher: the cells to rank, and random patches of every image for the queue.
         targets, samples = [], []
-        for (views, boxes, _), at in zip(parts, places.chunk(len(parts), dim=1)):
+        for (views, _, boxes), at in zip(parts, places.chunk(len(parts), dim=1)):
             with torch.no_grad(), autocast:
-                maps = self.teacher([torch.cat(views[:2])])[0].chunk(2)
+                maps = self.teacher(views[:1])[0].unflatten(0, (len(boxes), 2)).unbind(1)
             targets.append(align_pairs(maps, boxes, self.pairs, 0, args.grid))
             flat = torch.stack(maps).flatten(3).transpose(2, 3)  # (2, b, h * w, D)
             samples.append(flat.gather(2, at[..., None].expand(-1, -1, -1, flat.shape[3])))
@@ -1055,15 +1059,13 @@ class Trainer:
         # Student: all crops, one loss over all pairs.
         self.optimizer.zero_grad()
         measures = torch.zeros(3, device=self.device)
-        for k, (views, boxes, noise) in enumerate(parts):
-            rows = slice(k * len(boxes), (k + 1) * len(boxes))
-            target, reference = targets[k].flatten(0, 1), drawn[:, rows].flatten(0, 1)
-            sizes = [views[:2], views[2:]] if args.local_crops else [views[:2]]
-            noises = [noise[:, :2].flatten(1), noise[:, 2:].flatten(1)]
+        drawn = drawn.chunk(len(parts), dim=1)
+        for (views, noises, boxes), target, reference in zip(parts, targets, drawn):
             with autocast:
-                maps = self.parallel([torch.cat(v) for v in sizes], noises)
-            maps = [m for same_size in maps for m in same_size.split(len(boxes))]
+                maps = self.parallel(views, noises)
+            maps = [m for same in maps for m in same.unflatten(0, (len(boxes), -1)).unbind(1)]
             cells = align_pairs(maps, boxes, self.pairs, 1, args.grid).flatten(0, 1)
+            target, reference = target.flatten(0, 1), reference.flatten(0, 1)
             loss = neco_loss(
                 cells, target, reference, args.steepness, args.teacher_steepness, args.sorting
             ) / len(parts)
