@@ -14,8 +14,11 @@ with. Figures are printed and written to results.json under `--out`.
 """
 
 import argparse
+import colorsys
 import functools
+import io
 import json
+import math
 import os
 import re
 import sys
@@ -40,10 +43,9 @@ from neco import InputError, load_backbone
 
 IGNORE, INVALID = 255, 254  # marks in a mask: pixel without label, value that no class has
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor"
-).split()
+CHUNK = 16  # images at a time where nothing is trained
+VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog
+horse motorbike person pottedplant sheep sofa train tvmonitor"""
 
 
 class Segmentation(NamedTuple):
@@ -73,13 +75,6 @@ def read_image(path: Path) -> Image.Image:
     return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
 
 
-def value_table(classes: dict[int, int]) -> np.ndarray:
-    """Table (257,) from the values in a mask file to class numbers; the last entry is `other`."""
-    table = np.full(257, INVALID, np.uint8)
-    table[list(classes)] = list(classes.values())
-    return table
-
-
 def read_values(path: Path) -> np.ndarray:
     """Read a mask file of one number per pixel, grey or palette, as (H, W) integers."""
     image = open_image(path)
@@ -95,6 +90,13 @@ def read_class_mask(path: Path, table: np.ndarray) -> np.ndarray:
     if (mask == INVALID).any():
         raise InputError(f"{path} holds the value {values[mask == INVALID][0]}, which is no class")
     return mask
+
+
+def class_reader(classes: dict[int, int]) -> Callable[[Path], np.ndarray]:
+    """Function that reads masks whose values are the keys of `classes`, as its values."""
+    table = np.full(257, INVALID, np.uint8)  # the last entry stands for all other values
+    table[list(classes)] = list(classes.values())
+    return functools.partial(read_class_mask, table=table)
 
 
 def read_panoptic_mask(path: Path, segments: dict[Path, tuple]) -> np.ndarray:
@@ -133,24 +135,23 @@ def locate(root: Path, parts: dict[str, str]) -> dict[str, Path]:
     return best
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file; InputError where it is broken."""
+def read_json(path: Path, keys: tuple[str, ...]) -> dict:
+    """Read an annotation file of COCO; InputError where it is broken or lacks a key."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not readable as JSON ({error})") from error
+        content = json.loads(path.read_bytes())
+        return {key: content[key] for key in keys}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no annotation file of COCO ({error!r})") from error
 
 
-def pair_files(
-    images: Path, masks: Path, stems: Iterable[str] | None = None
-) -> list[tuple[Path, Path]]:
+def pair_files(images: Path, masks: Path, stems: list[str] | None = None) -> list:
     """Pair images and PNG masks of the same stem: those of `stems`, or all images of the folder.
 
     InputError: a stem has no image, an image has no mask, or there is nothing.
     """
     files = {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in IMAGE_TYPES}
-    labelled = {path.stem: path for path in masks.iterdir() if path.suffix.lower() == ".png"}
-    stems = list(files if stems is None else stems)
+    labelled = {p.stem: p for p in masks.iterdir() if p.suffix.lower() == ".png"}
+    stems = list(files) if stems is None else stems
     for stem in stems:
         if stem not in files:
             raise InputError(f"{images} has no image {stem}")
@@ -162,7 +163,7 @@ def pair_files(
 
 
 def load_voc(root: Path) -> Segmentation:
-    """Pascal VOC 2012; trains on trainaug (SBD) where SegmentationClassAug and its list are there."""
+    """Pascal VOC 2012; trains on trainaug (SBD) where its list and masks are there."""
     folders = ("JPEGImages", "SegmentationClass")
     lists = ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt")
     root = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
@@ -174,86 +175,69 @@ def load_voc(root: Path) -> Segmentation:
 
     def stems(path: Path) -> list[str]:
         # Some copies of trainaug.txt give the two paths of a pair instead of its name.
-        return [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
+        return [Path(line.split()[0]).stem for line in path.read_text().split("\n") if line.strip()]
 
-    return Segmentation(
-        pair_files(part["JPEGImages"], masks, stems(train)),
-        pair_files(part["JPEGImages"], part["SegmentationClass"], stems(part[lists[1]])),
-        VOC_CLASSES,
-        functools.partial(
-            read_class_mask, table=value_table({IGNORE: IGNORE} | {n: n for n in range(21)})
-        ),
-    )
+    val = pair_files(part["JPEGImages"], part["SegmentationClass"], stems(part[lists[1]]))
+    read_mask = class_reader({IGNORE: IGNORE} | {n: n for n in range(21)})
+    train = pair_files(part["JPEGImages"], masks, stems(train))
+    return Segmentation(train, val, VOC_CLASSES.split(), read_mask)
 
 
 def load_ade20k(root: Path) -> Segmentation:
     """ADE20K scene parsing: 150 classes, in the masks 1 to 150; 0 is no label."""
     parts = [f"{a}/{b}" for a in ("images", "annotations") for b in ("training", "validation")]
-    part = locate(
-        root, dict.fromkeys([*parts, "objectInfo150.txt"], "ADEChallengeData2016.zip")
-    )
+    part = locate(root, dict.fromkeys([*parts, "objectInfo150.txt"], "ADEChallengeData2016.zip"))
     text = part["objectInfo150.txt"].read_text()
     rows = re.findall(r"^\s*(\d+)\s[\s\d.]*([^\d\s.][^\t,;\n]*)", text, re.MULTILINE)
     classes = [name.strip() for _, name in rows]
     if [int(number) for number, _ in rows] != list(range(1, 151)):
         raise InputError(f"{part['objectInfo150.txt']} does not name the classes 1 to 150")
-    table = value_table({0: IGNORE} | {n + 1: n for n in range(150)})
+    train, val = (pair_files(part[parts[n]], part[parts[n + 2]]) for n in (0, 1))
     return Segmentation(
-        pair_files(part[parts[0]], part[parts[2]]),
-        pair_files(part[parts[1]], part[parts[3]]),
-        classes,
-        functools.partial(read_class_mask, table=table),
+        train, val, classes, class_reader({0: IGNORE} | {n + 1: n for n in range(150)})
     )
+
+
+def locate_coco(root: Path, download: str, parts: list[str]) -> dict[str, Path]:
+    """Find the images of COCO 2017 and the given parts of an annotation download."""
+    images = {"train2017": "train2017.zip", "val2017": "val2017.zip"}
+    return locate(root, images | dict.fromkeys(parts, download))
 
 
 def load_coco_things(root: Path) -> Segmentation:
     """COCO 2017 panoptic: the super-categories of things; all stuff is ignored."""
-    part = locate(
-        root,
-        {f"{split}2017": f"{split}2017.zip" for split in ("train", "val")}
-        | dict.fromkeys(
-            [f"panoptic_{split}2017{end}" for end in (".json", "") for split in ("train", "val")],
-            "panoptic_annotations_trainval2017.zip",
-        ),
-    )
-    segments, pairs, names = {}, {}, []
-    for split in ("train", "val"):
-        content = read_json(part[f"panoptic_{split}2017.json"])
+    parts = [f"panoptic_{split}2017{end}" for end in (".json", "") for split in ("train", "val")]
+    part = locate_coco(root, "panoptic_annotations_trainval2017.zip", parts)
+    segments, pairs = {}, []
+    for split in ("train2017", "val2017"):
+        content = read_json(part[f"panoptic_{split}.json"], ("categories", "annotations"))
         things = {c["id"]: c["supercategory"] for c in content["categories"] if c["isthing"]}
-        names = sorted(set(things.values()))
-        masks = part[f"panoptic_{split}2017"]
+        names, masks = sorted(set(things.values())), part[f"panoptic_{split}"]
+        classes = {i: names.index(name) for i, name in things.items()}
         for item in content["annotations"]:
-            info = sorted((s["id"], s["category_id"]) for s in item["segments_info"])
-            known = [(i, names.index(things[c]) if c in things else IGNORE) for i, c in info]
-            ids, classes = np.array(known or [(0, IGNORE)]).T
-            segments[masks / item["file_name"]] = ids, classes.astype(np.uint8)
+            info = {s["id"]: classes.get(s["category_id"], IGNORE) for s in item["segments_info"]}
+            ids = np.array(sorted(info) or [0])
+            found = np.array([info.get(i, IGNORE) for i in ids.tolist()], np.uint8)
+            segments[masks / item["file_name"]] = ids, found
         stems = [Path(item["file_name"]).stem for item in content["annotations"]]
-        pairs[split] = pair_files(part[f"{split}2017"], masks, stems)
-    read_mask = functools.partial(read_panoptic_mask, segments=segments)
-    return Segmentation(pairs["train"], pairs["val"], names, read_mask)
+        pairs.append(pair_files(part[split], masks, stems))
+    return Segmentation(*pairs, names, functools.partial(read_panoptic_mask, segments=segments))
 
 
 def load_coco_stuff(root: Path) -> Segmentation:
     """COCO 2017 stuff: its super-categories; things (0) and `other` (183) are ignored."""
-    part = locate(
-        root,
-        {f"{split}2017": f"{split}2017.zip" for split in ("train", "val")}
-        | dict.fromkeys(
-            ["stuff_val2017.json", "stuff_train2017_pixelmaps", "stuff_val2017_pixelmaps"],
-            "stuff_annotations_trainval2017.zip",
-        ),
-    )
     # Both annotation files hold the same categories, and that of val is 20 times as small.
-    table = {c["id"]: c["supercategory"] for c in read_json(part["stuff_val2017.json"])["categories"]}
+    parts = ["stuff_val2017.json", "stuff_train2017_pixelmaps", "stuff_val2017_pixelmaps"]
+    part = locate_coco(root, "stuff_annotations_trainval2017.zip", parts)
+    categories = read_json(part[parts[0]], ("categories",))["categories"]
+    table = {c["id"]: c["supercategory"] for c in categories}
     names = sorted(set(table.values()) - {"other"})
     classes = {i: names.index(name) if name in names else IGNORE for i, name in table.items()}
-    pairs = {}
-    for split in ("train", "val"):
-        masks = part[f"stuff_{split}2017_pixelmaps"]
-        stems = sorted(path.stem for path in masks.glob("*.png"))
-        pairs[split] = pair_files(part[f"{split}2017"], masks, stems)
-    read_mask = functools.partial(read_class_mask, table=value_table({0: IGNORE} | classes))
-    return Segmentation(pairs["train"], pairs["val"], names, read_mask)
+    pairs = []
+    for split in ("train2017", "val2017"):
+        masks = part[f"stuff_{split}_pixelmaps"]
+        pairs.append(pair_files(part[split], masks, sorted(p.stem for p in masks.glob("*.png"))))
+    return Segmentation(*pairs, names, class_reader({0: IGNORE} | classes))
 
 
 def load_folder(root: Path) -> Segmentation:
@@ -267,11 +251,10 @@ def load_folder(root: Path) -> Segmentation:
     pairs = [pair_files(part[parts[0]], part[parts[1]]), pair_files(part[parts[2]], part[parts[3]])]
     names = part[parts[0]].parent.parent / "classes.txt"
     if names.exists():
-        classes = names.read_text().split("\n")
-        classes = [line.strip() for line in classes if line.strip()]
+        classes = names.read_text().strip().splitlines()
     else:
         highest = -1
-        for _, mask in progress([p for split in pairs for p in split], "reading masks"):
+        for _, mask in progress([*pairs[0], *pairs[1]], "reading masks"):
             values = read_values(mask)
             highest = max(highest, values[values != IGNORE].max(initial=-1))
             if highest >= INVALID:
@@ -279,17 +262,12 @@ def load_folder(root: Path) -> Segmentation:
         classes = [f"class {n}" for n in range(highest + 1)]
     if not 2 <= len(classes) < INVALID:
         raise InputError(f"--data {root} has {len(classes)} classes; from 2 to 253 are needed")
-    table = value_table({IGNORE: IGNORE} | {n: n for n in range(len(classes))})
-    return Segmentation(*pairs, classes, functools.partial(read_class_mask, table=table))
+    read_mask = class_reader({IGNORE: IGNORE} | {n: n for n in range(len(classes))})
+    return Segmentation(*pairs, classes, read_mask)
 
 
-DATASETS = {
-    "voc": load_voc,
-    "ade20k": load_ade20k,
-    "coco-things": load_coco_things,
-    "coco-stuff": load_coco_stuff,
-    "folder": load_folder,
-}
+DATASETS = {"voc": load_voc, "ade20k": load_ade20k, "folder": load_folder}
+DATASETS |= {"coco-things": load_coco_things, "coco-stuff": load_coco_stuff}
 
 
 class ImagesAndMasks(Dataset):
@@ -340,14 +318,31 @@ def normalise(image: Tensor) -> Tensor:
     return (image / 255 - mean.view(3, 1, 1)) / mean.new_tensor(std).view(3, 1, 1)
 
 
+def progress(items: Iterable, label: str) -> Iterator:
+    """Yield the items; on a terminal, show how far it is and the time left in one line."""
+    start, total, shown = time.monotonic(), len(items), sys.stderr.isatty()
+    for done, item in enumerate(items, 1):
+        yield item
+        if shown:
+            left = round((time.monotonic() - start) / done * (total - done))
+            line = f"{label}: {done}/{total}, {left // 60}:{left % 60:02} left"
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def batches(
-    data: Dataset, size: int, workers: int, device: torch.device, order: list | None = None
+    data: Dataset,
+    size: int,
+    workers: int,
+    device: torch.device,
+    label: str,
+    order: list | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of images and masks on the device, in order or in the order given."""
-    loader = DataLoader(
-        data, size, sampler=order, num_workers=workers, pin_memory=device.type == "cuda"
-    )
-    for images, masks in loader:
+    """Yield batches of images and masks on the device, in file order or in the order given."""
+    pin = device.type == "cuda"
+    loader = DataLoader(data, size, sampler=order, num_workers=workers, pin_memory=pin)
+    for images, masks in progress(loader, label):
         yield images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
 
 
@@ -356,6 +351,11 @@ def patch_features(backbone: nn.Module, images: Tensor, precision: str) -> Tenso
     """Features (B, D, H/p, W/p) in float32 of images (B, 3, H, W); `precision` fp32 or bf16."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return backbone(images).float()
+
+
+def upsample(maps: Tensor, size: int) -> Tensor:
+    """Resize maps (B, C, h, w) bilinearly to (B, C, size, size)."""
+    return F.interpolate(maps, (size, size), mode="bilinear", align_corners=False)
 
 
 # -------------------------------------------------------------------------------------- metric
@@ -383,6 +383,11 @@ def class_iou(confusion: Tensor) -> Tensor:
     return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
 
+def mean_iou(confusion: Tensor) -> float:
+    """Mean IoU in percent over the classes that are counted."""
+    return 100 * class_iou(confusion).nanmean().item()
+
+
 # ---------------------------------------------------------------------------------- in-context
 # Segmentation by retrieval, "Towards in-context scene understanding" (Balazevic et al., 2023). The
 # memory holds features of training patches and the class frequencies of their pixels.
@@ -395,7 +400,7 @@ def patch_labels(masks: Tensor, classes: int, patch: int) -> Tensor:
         masks: (B, S, S) class numbers or IGNORE, S a multiple of `patch`.
 
     Returns:
-        (B, S/patch * S/patch, classes) float32; patches row by row, as features.flatten(2) has them.
+        (B, S/patch * S/patch, classes) float32; patches row by row.
     """
     batch, side = len(masks), masks.shape[1] // patch
     cells = masks.view(batch, side, patch, side, patch).transpose(2, 3).reshape(-1, patch**2).long()
@@ -440,7 +445,7 @@ def search(queries: Tensor, memory: Tensor, k: int, block_bytes: int) -> tuple[T
     Returns:
         Similarities (Q, k) float32, descending, and indices (Q, k) int64 into the memory.
     """
-    # The tile fits a CPU's cache, or fills a GPU. Larger groups keep the maxima of large memories small.
+    # A tile fits a CPU's cache, or fills a GPU; a large memory takes larger groups.
     on_cpu, width = queries.device.type == "cpu", queries.element_size()
     tile = min(2**19 if on_cpu else 2**27, block_bytes // 2 // width)
     group, outer = max(8, len(memory) >> 17), 64
@@ -468,14 +473,9 @@ def search(queries: Tensor, memory: Tensor, k: int, block_bytes: int) -> tuple[T
         candidates = members(outer_groups.topk(min(k, rows // outer)).indices, outer)
         top = best.T.gather(1, candidates).topk(min(k, candidates.shape[1])).indices
         candidates = members(candidates.gather(1, top), group)  # (B, k * group)
-        products = torch.cat(
-            [
-                (memory[c] @ vector[..., None]).squeeze(-1)
-                for c, vector in zip(
-                    candidates.clamp(max=len(memory) - 1).split(chunk), q.split(chunk), strict=True
-                )
-            ]
-        )
+        rows_of = candidates.clamp(max=len(memory) - 1).split(chunk)
+        pairs = zip(rows_of, q[..., None].split(chunk), strict=True)
+        products = torch.cat([memory[chosen] @ part for chosen, part in pairs]).squeeze(-1)
         products = products.float().masked_fill(candidates >= len(memory), -torch.inf)
         values, at = products.topk(k)
         similarities.append(values)
@@ -487,3 +487,509 @@ def vote(similarities: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Average the labels (Q, k, C) of neighbours with a softmax of (Q, k) similarities: (Q, C)."""
     weights = (similarities / temperature).softmax(-1)
     return (weights[:, None] @ labels.float()).squeeze(1)
+
+
+@torch.no_grad()
+def build_memory(
+    backbone: nn.Module,
+    data: Segmentation,
+    size: int,
+    capacity: int,
+    seed: int = 0,
+    workers: int = 0,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Collect the memory from the training images, resized to (size, size).
+
+    Args:
+        backbone: as `load_backbone` gives it, on the device where the memory is to be.
+        capacity: patches at most; an image gives capacity / images of them at most.
+
+    Returns:
+        L2-normalised features (N, D) and class frequencies (N, C), in half precision on a GPU.
+    """
+    device, quota = next(backbone.parameters()).device, capacity // len(data.train)
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    rows = len(data.train) * min(quota, (size // backbone.patch_size) ** 2)
+    memory = torch.empty(rows, backbone.embed_dim, dtype=dtype, device=device)
+    frequencies = torch.empty(rows, len(data.classes), dtype=dtype, device=device)
+    used = index = 0
+    dataset = ImagesAndMasks(data.train, data.read_mask, size, size)
+    for images, masks in batches(dataset, CHUNK, workers, device, "memory"):
+        features = F.normalize(patch_features(backbone, images, precision).flatten(2), dim=1)
+        labels = patch_labels(masks, len(data.classes), backbone.patch_size)
+        for feature, label in zip(features.mT, labels, strict=True):  # (P, D), (P, C)
+            uniform = np.random.default_rng((seed, index)).random(len(label), np.float32)
+            chosen = choose_patches(label, quota, torch.from_numpy(uniform).to(device))
+            memory[used : used + len(chosen)] = feature[chosen]
+            frequencies[used : used + len(chosen)] = label[chosen]
+            used, index = used + len(chosen), index + 1
+    if not used:
+        raise InputError("the masks of the training images hold no labelled pixel")
+    return memory[:used], frequencies[:used]
+
+
+@torch.no_grad()
+def in_context(
+    backbone: nn.Module,
+    data: Segmentation,
+    size: int,
+    neighbours: int = 30,
+    temperature: float = 0.02,
+    memory: int = 10_240_000,
+    block_memory: int = 256,
+    seed: int = 0,
+    workers: int = 0,
+    precision: str = "fp32",
+    keep: Iterable[int] = (),
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Segment the validation images by the nearest neighbours of their patches.
+
+    Args:
+        backbone: as `load_backbone` gives it.
+        size: side of images and masks in pixels, at which predictions are compared.
+        neighbours, temperature: how many vote on a patch, and the sharpness of their weights.
+        memory: patches in the memory at most.
+        block_memory: working memory of the search in MB.
+        keep: numbers of the images whose predictions are wanted.
+
+    Returns:
+        A list with the confusion matrix (C, C), and the predictions (size, size) asked for.
+    """
+    device, side = next(backbone.parameters()).device, size // backbone.patch_size
+    bank, frequencies = build_memory(backbone, data, size, memory, seed, workers, precision)
+    print(f"  memory: {len(bank)} patches", flush=True)
+    confusion = torch.zeros((len(data.classes),) * 2, dtype=torch.int64, device=device)
+    kept, index = {}, 0
+    dataset = ImagesAndMasks(data.val, data.read_mask, size, size)
+    for images, masks in batches(dataset, CHUNK, workers, device, "in-context"):
+        queries = F.normalize(patch_features(backbone, images, precision).flatten(2), dim=1)
+        queries = queries.mT.flatten(0, 1).to(bank.dtype)  # (B * P, D)
+        found = search(queries, bank, min(neighbours, len(bank)), block_memory * 2**20)
+        found = (part.unflatten(0, (-1, side**2)) for part in found)  # (B, P, k)
+        for mask, similarities, indices in zip(masks, *found, strict=True):
+            votes = vote(similarities, frequencies[indices], temperature)  # (P, C)
+            votes = votes.T.unflatten(1, (side, side))[None]
+            prediction = upsample(votes, size)[0].argmax(0)
+            confusion += confusion_matrix(prediction, mask, len(data.classes))
+            if index in keep:
+                kept[index] = prediction.cpu()
+            index += 1
+    print(f"  mIoU {mean_iou(confusion):.2f}", flush=True)
+    return [confusion.cpu()], kept
+
+
+# -------------------------------------------------------------------------------------- linear
+# How much a linear layer reads from frozen features: one 1x1 convolution, trained with SGD at a
+# resolution of 100 x 100. The validation after the last epoch is the result.
+
+PROBE_SIZE = 100
+
+
+def probe_logits(probe: nn.Module, features: Tensor) -> Tensor:
+    """Class scores (B, C, 100, 100) of features (B, D, h, w) by a 1x1 convolution.
+
+    The protocol upsamples the features and then convolves. Both steps are linear and the weights
+    of an interpolation sum to 1, so the other order gives the same for a fraction of the work.
+    """
+    return upsample(probe(features), PROBE_SIZE)
+
+
+def probe_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross-entropy over the labelled pixels; 0, not nan, where there are none."""
+    total = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="sum")
+    return total / (masks != IGNORE).sum().clamp(min=1)
+
+
+def linear(
+    backbone: nn.Module,
+    data: Segmentation,
+    size: int,
+    epochs: int = 25,
+    lr: float = 0.01,
+    batch_size: int = 128,
+    seed: int = 0,
+    workers: int = 0,
+    precision: str = "fp32",
+    keep: Iterable[int] = (),
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Train a linear probe on the training images and validate it after every epoch.
+
+    Args:
+        backbone: as `load_backbone` gives it; it is not changed.
+        size: side of the images in pixels.
+        epochs: the learning rate drops to a tenth after four fifths of them (20 of 25).
+        keep: numbers of the validation images whose predictions are wanted.
+
+    Returns:
+        The confusion matrix (C, C) of every epoch, and predictions (100, 100) of the last.
+    """
+    device, classes = next(backbone.parameters()).device, len(data.classes)
+    probe = nn.Conv2d(backbone.embed_dim, classes, 1)
+    nn.init.normal_(probe.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(probe.bias)
+    probe = probe.to(device)
+    optimizer = torch.optim.SGD(probe.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.8 * epochs))])
+    history = []
+    for epoch in range(epochs):
+        label = f"epoch {epoch + 1}/{epochs}"
+        order = np.random.default_rng((seed, epoch)).permutation(len(data.train)).tolist()
+        dataset = ImagesAndMasks(data.train, data.read_mask, size, PROBE_SIZE, (seed, epoch))
+        for images, masks in batches(dataset, batch_size, workers, device, label, order):
+            features = patch_features(backbone, images, precision)
+            loss = probe_loss(probe_logits(probe, features), masks)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+
+        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        kept, index = {}, 0
+        dataset = ImagesAndMasks(data.val, data.read_mask, size, PROBE_SIZE)
+        for images, masks in batches(dataset, CHUNK, workers, device, f"{label}, validation"):
+            with torch.no_grad():
+                logits = probe_logits(probe, patch_features(backbone, images, precision))
+            predictions = logits.argmax(1)
+            confusion += confusion_matrix(predictions, masks, classes)
+            kept |= {
+                index + n: predictions[n].cpu() for n in range(len(images)) if index + n in keep
+            }
+            index += len(images)
+        print(f"  {label}: mIoU {mean_iou(confusion):.2f}", flush=True)
+        history.append(confusion.cpu())
+    return history, kept
+
+
+# ------------------------------------------------------------------------------------ pictures
+# What the figures mean to the eye: images, true classes, predictions, and features as colours.
+# Drawn with Pillow alone.
+
+
+def class_colours(classes: int) -> np.ndarray:
+    """Colours (256, 3) uint8 of class numbers, far apart for neighbours; white for IGNORE."""
+    colours = np.full((256, 3), 255, np.uint8)
+    for n in range(classes):
+        value, saturation = (0.95, 0.7, 0.45)[n % 3], (0.85, 0.6)[n // 3 % 2]
+        rgb = colorsys.hsv_to_rgb(0.618034 * n % 1, saturation, value)
+        colours[n] = [round(255 * part) for part in rgb]
+    return colours
+
+
+def feature_colours(features: Tensor) -> np.ndarray:
+    """First three principal components of maps (R, D, h, w) as colours (R, h, w, 3) uint8.
+
+    One basis for all maps; each component runs from its 1st to its 99th percentile.
+    """
+    rows = features.movedim(1, -1).cpu().double().numpy()
+    shape = rows.shape[:-1]
+    rows = rows.reshape(-1, rows.shape[-1])
+    rows -= rows.mean(0)
+    axes = np.linalg.eigh(rows.T @ rows)[1][:, :-4:-1]  # largest variance first
+    axes *= np.sign(axes[np.abs(axes).argmax(0), range(3)])  # eigh leaves the sign open
+    colours = rows @ axes
+    low, high = np.percentile(colours, [1, 99], axis=0)
+    colours = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return (255 * colours).astype(np.uint8).reshape(*shape, 3)
+
+
+def draw_sheet(
+    titles: list[str], rows: list[list[Image.Image]], legend: list[tuple[str, tuple]]
+) -> Image.Image:
+    """Lay out rows of images with column titles above and a legend of (name, colour) below.
+
+    Each row takes the aspect ratio of its first image; the others are stretched to it.
+    """
+    width, gap, line = 280, 8, 24
+    font = ImageFont.load_default(size=15)
+    heights = [min(2 * width, max(60, width * row[0].height // row[0].width)) for row in rows]
+    total = gap + len(titles) * (width + gap)
+    entry = max(font.getlength(name) for name, _ in legend) + 44
+    columns = max(1, int((total - gap) // entry))
+    bottom = line + gap + sum(heights) + gap * len(rows)
+    sheet = Image.new("RGB", (total, bottom + -(-len(legend) // columns) * line + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        while font.getlength(title) > width:
+            title = "..." + title[4:]
+        draw.text((gap + column * (width + gap), gap), title, "black", font)
+    top = line + gap
+    for row, height in zip(rows, heights, strict=True):
+        for column, cell in enumerate(row):
+            kind = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
+            sheet.paste(cell.resize((width, height), kind), (gap + column * (width + gap), top))
+        top += height + gap
+    for n, (name, colour) in enumerate(legend):
+        x, y = gap + n % columns * entry, bottom + n // columns * line
+        draw.rectangle((x, y + 2, x + 16, y + 18), colour, "black")
+        draw.text((x + 22, y), name, "black", font)
+    return sheet
+
+
+def make_picture(
+    data: Segmentation,
+    indices: list[int],
+    predictions: dict[str, dict[int, Tensor]],
+    features: dict[str, Tensor],
+) -> Image.Image:
+    """Draw validation images as rows; columns: image, truth, and for each weights its results.
+
+    Args:
+        indices: numbers of the images.
+        predictions: per weights and image number, the predicted classes at any resolution.
+        features: per weights, the feature maps (len(indices), D, h, w).
+    """
+    colours = class_colours(len(data.classes))
+    maps = {name: feature_colours(feature) for name, feature in features.items()}
+    titles = ["image", "truth"]
+    titles += [f"{name}: {kind}" for name in maps for kind in ("prediction", "features")]
+    rows, seen = [], set()
+    for row, index in enumerate(indices):
+        path, mask_path = data.val[index]
+        masks = [data.read_mask(mask_path), *(predictions[name][index].numpy() for name in maps)]
+        seen.update(*(np.unique(mask).tolist() for mask in masks))
+        truth, *predicted = (Image.fromarray(colours[mask]) for mask in masks)
+        cells = [read_image(path), truth]
+        for prediction, name in zip(predicted, maps, strict=True):
+            cells += [prediction, Image.fromarray(maps[name][row])]
+        rows.append(cells)
+    names = {n: name for n, name in enumerate(data.classes)} | {IGNORE: "no label"}
+    legend = [(names[n], tuple(colours[n].tolist())) for n in sorted(seen)]
+    return draw_sheet(titles, rows, legend)
+
+
+# -------------------------------------------------------------------------------- command line
+# All that can be checked is checked before the first hour is spent. Bad input ends in one sentence
+# and exit status 2.
+
+METHODS = {"in-context": in_context, "linear": linear}
+NUMBERS = (  # flag, default, lowest, highest, help
+    ("size", None, 1, 8192, "side of the input in pixels (default: 518 in-context, 448 linear)"),
+    ("neighbours", 30, 1, 10**4, "in-context: how many vote on a patch"),
+    ("temperature", 0.02, 1e-6, 1e6, "in-context: their weights are softmax(similarity / this)"),
+    ("memory", 10_240_000, 1, 10**10, "in-context: patches in the memory, at most"),
+    ("block-memory", 256, 1, 10**6, "in-context: working memory of the search in MB"),
+    ("epochs", 25, 1, 10**4, "linear: length; the last fifth runs at a tenth of the rate"),
+    ("lr", 0.01, 1e-9, 1e6, "linear: learning rate"),
+    ("batch-size", 128, 1, 10**5, "linear: images in a step"),
+    ("workers", min(8, os.cpu_count() or 1), 0, 1024, "processes that read images; 0 for none"),
+    ("seed", 0, 0, 2**32 - 1, "of the memory, the probe and its crops"),
+    ("pictures", 0, 0, 100, "validation images to draw, into picture.png"),
+)
+# Fit for the tiny network and the small images of `python neco.py --demo`.
+DEMO = dict(dataset="folder", backbone="tiny", size=98, epochs=10, batch_size=16, pictures=4)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read and check the command line; InputError names the flag that is wrong."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("eval_seg.py", description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of the data set, as its downloads unpack")
+    add("--dataset", choices=DATASETS, default="folder", help="layout of --data (default: folder)")
+    add("--method", choices=[*METHODS, "both"], default="both", help="protocol (default: both)")
+    add("--backbone", default="dinov2_vits14_reg", help="name in the hub, or tiny")
+    add("--hub", help="owner/repo[:ref] or a local folder with a hubconf.py, as in neco.py")
+    add("--weights", nargs="+", default=["none"], metavar="W", help="files, or none for the hub's")
+    add("--out", type=Path, default=Path("runs/eval"), help="folder for results.json (runs/eval)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--precision", choices=["fp32", "bf16"], help="of the backbone (default: bf16 on cuda)")
+    add("--demo", action="store_true", help="evaluate what neco.py --demo left in runs/demo")
+    for flag, default, low, high, text in NUMBERS:
+        note = f"{text}, {low:g} to {high:g}" + (f" (default: {default})" if default else "")
+        add(f"--{flag}", type=type(low), default=default, metavar="N", help=note)
+    args = parser.parse_args(argv)
+    if args.demo:
+        root = args.data or Path("runs/demo")
+        weights = [str(root / "start.pth"), str(root / "teacher.pth")]
+        parser.set_defaults(**DEMO, weights=weights, out=root / "eval")
+        args = parser.parse_args(argv)
+        args.data = root / "data"
+        if not args.data.is_dir():
+            raise InputError(f"{args.data} is not there: run `python neco.py --demo` first")
+    if args.data is None:
+        raise InputError("--data is needed: the folder of the data set (or --demo)")
+    for flag, default, low, high, _ in NUMBERS:
+        value = getattr(args, flag.replace("-", "_"))
+        if value != default and not low <= value <= high:
+            raise InputError(f"--{flag} {value} is not from {low:g} to {high:g}")
+    try:
+        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {args.device} cannot be used here") from error
+    args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
+    return args
+
+
+def load_backbones(name: str, hub: str | None, weights: list[str], seed: int) -> dict:
+    """Load the backbone once for each weights: modules by file name, or by path."""
+    names = [Path(path).name for path in weights]
+    names = names if len(set(names)) == len(names) else weights
+    if len(set(names)) < len(names):
+        raise InputError(f"--weights holds the same entry twice: {' '.join(weights)}")
+    backbones = {}
+    for short, path in zip(names, weights, strict=True):
+        torch.manual_seed(seed)  # tiny without weights is random
+        backbones[short] = load_backbone(name, hub, None if path == "none" else path).eval()
+    return backbones
+
+
+def input_size(asked: int | None, default: int, patch: int) -> int:
+    """Side of the input: as asked, or the largest multiple of the patch size up to the default."""
+    if asked is not None and asked % patch:
+        raise InputError(f"--size {asked} is no multiple of the patch size, {patch}")
+    return asked or default // patch * patch
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment the old or the new one is there, whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def summary(history: list[Tensor], classes: list[str]) -> dict:
+    """Figures of the last confusion matrix, and the mIoU of each, for results.json."""
+    iou = class_iou(history[-1]).tolist()
+    return {
+        "miou": mean_iou(history[-1]),
+        "miou_per_epoch": [mean_iou(confusion) for confusion in history],
+        "classes_counted": sum(not math.isnan(value) for value in iou),
+        "iou": {
+            name: None if math.isnan(value) else 100 * value
+            for name, value in zip(classes, iou, strict=True)
+        },
+    }
+
+
+def format_table(title: str, results: dict[str, dict]) -> str:
+    """IoU in percent: a row per class, a column per weights with the difference to the first."""
+    values = {name: [*result["iou"].values(), result["miou"]] for name, result in results.items()}
+    base = next(iter(values))
+    columns = [[title, *results[base]["iou"], "mIoU"]]
+    for name, column in values.items():
+        columns.append([name, *("-" if v is None else f"{v:.2f}" for v in column)])
+        if name != base:
+            pairs = list(zip(column, values[base], strict=True))
+            changes = ("-" if None in pair else f"{pair[0] - pair[1]:+.2f}" for pair in pairs)
+            columns.append(["change", *changes])
+    widths = [max(map(len, column)) for column in columns]
+    rows = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in zip(*columns, strict=True)
+    ]
+    counted = ", ".join(str(result["classes_counted"]) for result in results.values())
+    total = len(results[base]["iou"])
+    return "\n".join([*rows, f"classes counted (occurring or predicted): {counted} of {total}"])
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate as the command line says: print the figures, write results.json and the picture."""
+    backbones = load_backbones(args.backbone, args.hub, args.weights, args.seed)
+    patch = next(iter(backbones.values())).patch_size
+    methods = list(METHODS) if args.method == "both" else [args.method]
+    options = {
+        "in-context": {
+            "size": input_size(args.size, 518, patch),
+            "neighbours": args.neighbours,
+            "temperature": args.temperature,
+            "memory": args.memory,
+            "block_memory": args.block_memory,
+        },
+        "linear": {
+            "size": input_size(args.size, 448, patch),
+            "epochs": args.epochs,
+            "lr": args.lr,
+            "batch_size": args.batch_size,
+        },
+    }
+    options = {method: options[method] for method in methods}
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_file(args.out / "writable", b"")  # fail now rather than after hours
+    (args.out / "writable").unlink()
+    data = DATASETS[args.dataset](args.data)
+    if args.memory < len(data.train):
+        raise InputError(f"--memory {args.memory} is less than a patch for each training image")
+    sources = dict.fromkeys(methods, data)
+    if args.dataset.startswith("coco") and "linear" in methods:  # its probe trains on a tenth
+        order = np.random.default_rng(args.seed).permutation(len(data.train))
+        tenth = sorted(order[: max(1, len(order) // 10)].tolist())
+        sources["linear"] = data._replace(train=[data.train[n] for n in tenth])
+
+    settings = {
+        "data": f"{args.data} ({args.dataset}), {len(data.classes)} classes",
+        "backbone": f"{args.backbone}, patch {patch}, {args.precision} on {args.device}",
+        "seed": args.seed,
+    }
+    for method in methods:
+        source = {"train": len(sources[method].train), "val": len(sources[method].val)}
+        settings[method] = source | options[method]
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {number}" for name, number in value.items())
+        print(f"{key:12}{value}")
+
+    if args.size is None and 518 % patch + 448 % patch:
+        print(f"default sizes (518, 448) are rounded down to multiples of the patch size, {patch}")
+
+    shown = (
+        np.linspace(0, len(data.val) - 1, min(args.pictures, len(data.val))).astype(int).tolist()
+    )
+    common = {
+        "seed": args.seed,
+        "workers": args.workers,
+        "precision": args.precision,
+        "keep": shown,
+    }
+    results: dict[str, dict] = {method: {} for method in methods}
+    predictions, maps = {}, {}
+    for name, backbone in backbones.items():
+        backbone.to(args.device)
+        for method in reversed(methods):  # the picture shows in-context where both are run
+            print(f"\n{method}, {name}", flush=True)
+            history, predictions[name] = METHODS[method](
+                backbone, sources[method], **options[method], **common
+            )
+            if not history[-1].any():
+                raise InputError("the masks of the validation images hold no labelled pixel")
+            results[method][name] = summary(history, data.classes)
+        if shown:
+            pairs = [data.val[n] for n in shown]
+            dataset = ImagesAndMasks(pairs, data.read_mask, options[methods[0]]["size"], PROBE_SIZE)
+            images = torch.stack([image for image, _ in dataset]).to(args.device)
+            maps[name] = patch_features(backbone, images, args.precision).cpu()
+        backbone.cpu()
+
+    for method in methods:
+        print("\n" + format_table(method, results[method]))
+    content = {"settings": settings, "weights": dict(zip(backbones, args.weights, strict=True))}
+    write_file(args.out / "results.json", json.dumps(content | results, indent=1).encode())
+    print(f"\nwritten: {args.out / 'results.json'}")
+    if shown:
+        png = io.BytesIO()
+        make_picture(data, shown, predictions, maps).save(png, "PNG")
+        write_file(args.out / "picture.png", png.getvalue())
+        print(f"written: {args.out / 'picture.png'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 after a sentence about bad input."""
+    try:
+        run(parse_arguments(argv))
+    except InputError as error:
+        # A worker of the DataLoader wraps its traceback around the sentence, which comes last.
+        sentence = str(error).split("InputError: ")[-1].strip()
+        print(f"eval_seg.py: error: {sentence}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"eval_seg.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\neval_seg.py: interrupted, nothing is written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
