@@ -195,13 +195,11 @@ def load_hub_model(name: str, hub: str | None, pretrained: bool) -> nn.Module:
             if "'pretrained'" not in str(error):
                 raise
             return load()  # an entry point without that argument
-    except OSError as error:
+    except (OSError, RuntimeError, ImportError, TypeError) as error:
         raise InputError(
-            f"--hub {hub}: {name} is out of reach ({error}); without network give --hub a local "
-            "checkout of the repository and --weights a file with its weights"
+            f"--hub {hub}: cannot build {name} ({error}): give --hub a local checkout that has it, "
+            "and where there is no network --weights a file"
         ) from error
-    except (RuntimeError, ImportError, TypeError) as error:
-        raise InputError(f"--hub {hub}: cannot build {name} ({error})") from error
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -209,11 +207,13 @@ def load_weights(model: nn.Module, path: str) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"--weights {path} cannot be read as a state dict ({reason})") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise InputError(f"--weights {path} is not a state dict: give student.pth or teacher.pth")
     own = model.state_dict()
     heads = [key for key in state if key.startswith(HEAD_KEYS) and key not in own]
@@ -513,10 +513,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 def load_image(path: str) -> Image.Image:
     """Read an image file of any mode as RGB; 16-bit values keep their upper 8 bits."""
     with Image.open(path) as image:
-        if image.mode.startswith("I") or image.mode == "F":
-            values = np.asarray(image, dtype=np.float32)
-            scale = 1 / 256 if values.max(initial=0) > 255 else 1
-            return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode.startswith("I"):  # Pillow would cut them off at 255
+            values = np.asarray(image).astype(np.int64) // 256
+            return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
 
 
@@ -624,10 +623,10 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of images (B, 3, H, W), each with its own sigma (B,) of at most 2 pixels."""
+    """Blur images (B, 3, H, W) by a Gaussian of `sigma` (B, 1, 1, 1) pixels, at most 2."""
     b, c, h, w = images.shape
     offsets = torch.arange(-6, 7, device=images.device)  # three sigma and more
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = torch.exp(-0.5 * (offsets / sigma.view(b, 1)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # (B * 3, 13)
     images = F.pad(images.reshape(1, b * c, h, w), (6, 6, 6, 6), mode="replicate")
     images = F.conv2d(images, kernel[:, None, None, :], groups=b * c)
@@ -655,32 +654,25 @@ def change_colours(images: Tensor, colours: Tensor) -> Tensor:
     def grey(x: Tensor) -> Tensor:
         return (x * luma).sum(1, keepdim=True)
 
-    jitters = [
-        lambda x, f: (x * f).clamp(0, 1),
-        lambda x, f: torch.lerp(grey(x).mean((2, 3), keepdim=True), x, f).clamp(0, 1),
-        lambda x, f: torch.lerp(grey(x), x, f).clamp(0, 1),
-        shift_hue,
+    jitters = [  # brightness, contrast, saturation, hue; and the values that change nothing
+        (lambda x, f: (x * f).clamp(0, 1), 1.0),
+        (lambda x, f: torch.lerp(grey(x).mean((2, 3), keepdim=True), x, f).clamp(0, 1), 1.0),
+        (lambda x, f: torch.lerp(grey(x), x, f).clamp(0, 1), 1.0),
+        (shift_hue, 0.0),
     ]
-    # Which images take part is known on the CPU, so that a GPU never waits to be asked.
-    order, factors, is_grey, sigma = colours.split([4, 4, 1, 1], dim=1)
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    for turn in range(4):
-        for kind, jitter in enumerate(jitters):
-            chosen = (order[:, turn] == kind) & (factors[:, kind] != neutral[kind])
-            rows = chosen.nonzero().squeeze(1)
-            if len(rows):
-                factor = factors[rows, kind].view(-1, 1, 1, 1).to(device, non_blocking=True)
-                rows = rows.to(device, non_blocking=True)
-                images[rows] = jitter(images[rows], factor)
-    for rows, change in (
-        (is_grey[:, 0] > 0, lambda x, _: grey(x).expand_as(x)),
-        (sigma[:, 0] > 0, blur),
-    ):
-        rows = rows.nonzero().squeeze(1)
+    order, values, is_grey, sigma = colours[:, :4], colours[:, 4:8], colours[:, 8], colours[:, 9]
+    changes = [
+        ((order[:, turn] == kind) & (values[:, kind] != neutral), jitter, values[:, kind])
+        for turn in range(4)
+        for kind, (jitter, neutral) in enumerate(jitters)
+    ]
+    changes += [(is_grey > 0, lambda x, _: grey(x), is_grey), (sigma > 0, blur, sigma)]
+    for chosen, change, value in changes:
+        rows = chosen.nonzero().squeeze(1)  # known on the CPU: a GPU need not be asked
         if len(rows):
-            argument = sigma[rows, 0].to(device, non_blocking=True)
+            value = value[rows].view(-1, 1, 1, 1).to(device, non_blocking=True)
             rows = rows.to(device, non_blocking=True)
-            images[rows] = change(images[rows], argument)
+            images[rows] = change(images[rows], value)
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (images - mean) / std
 
@@ -1108,6 +1100,15 @@ def writing(path: Path):
         ) from error
 
 
+def plain(value):
+    """Copy nested containers with strings interned: equal content then pickles to equal bytes."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(item) for item in value)
+    return sys.intern(value) if isinstance(value, str) else value
+
+
 def save(path: Path, content: dict | str) -> None:
     """Write a file by way of a temporary name, so that the old or the new one is there, whole."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1117,7 +1118,7 @@ def save(path: Path, content: dict | str) -> None:
                 if isinstance(content, str):
                     file.write(content.encode())
                 else:
-                    torch.save(content, file)
+                    torch.save(plain(content), file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -1132,7 +1133,7 @@ def read_checkpoint(path: Path, settings: dict) -> dict | None:
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before = dict(checkpoint["settings"])
+        before = {**checkpoint}["settings"].copy()
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
         raise InputError(
             f"--out: {path} is broken or no checkpoint of neco.py: move it away, or give another "
@@ -1316,7 +1317,7 @@ FLAGS = [  # name, type or choices, default, help
     ("workers", number(int, 0), min(16, os.cpu_count() or 1), "processes that read images"),
     ("device", str, None, "cpu, cuda or cuda:N; cuda where there is one"),
     ("precision", ("bf16", "fp32"), None, "of the networks: bf16 on a GPU, fp32 on a CPU"),
-    ("seed", number(int, 0), 0, "of all that is random"),
+    ("seed", number(int, 0, 2**63 - 1), 0, "of all that is random"),
     ("log-every", WHOLE, 50, "steps between lines of progress and rows of log.csv"),
     ("save-every", WHOLE, 1000, "steps between checkpoints"),
 ]
@@ -1376,8 +1377,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_folders(args: argparse.Namespace) -> np.ndarray:
-    """List the images of args.data and make args.out; raise InputError if a run cannot use them."""
+def check_images(args: argparse.Namespace) -> np.ndarray:
+    """List the images of args.data; raise InputError if a run cannot start with them."""
     if not Path(args.data).is_dir():
         raise InputError(f"--data {args.data}: there is no such folder")
     files = find_images(args.data)
@@ -1396,12 +1397,16 @@ def check_folders(args: argparse.Namespace) -> np.ndarray:
             reason = error
     else:
         raise InputError(f"--data {args.data}: none of {len(files)} images can be read ({reason})")
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        raise InputError(f"--out {args.out} cannot be written ({error.strerror})") from error
     return files
+
+
+def make_out(folder: str) -> None:
+    """Make the folder for the results; raise InputError if it cannot be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written ({error.strerror})") from error
 
 
 DEMO = {
@@ -1423,7 +1428,7 @@ TEXTURES = (  # of the demo: brightness 0-1 at pixel (x, y), period p; one for e
 )
 
 
-def write_demo_images(root: Path, seed: int, size: int = 112) -> None:
+def write_demo_images(root: Path, size: int = 112) -> None:
     """Write textured shapes on textured ground, with masks: train/ and val/, images/ and masks/.
 
     The class is the texture, one of five; its two colours are random, so that they do not tell it.
@@ -1433,7 +1438,7 @@ def write_demo_images(root: Path, seed: int, size: int = 112) -> None:
         for kind in ("images", "masks"):
             (root / split / kind).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            rng = random.Random(seed_of(seed, split, i))
+            rng = random.Random(seed_of(split, i))
             image, mask = np.zeros((size, size, 3), np.uint8), Image.new("L", (size, size), 0)
             draw = ImageDraw.Draw(mask)
             regions = [(0, 0, size, size)]
@@ -1460,10 +1465,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     try:
         args = parse_arguments(argv)
-        if args.demo:
-            args.data = os.path.join(args.out, "data", "train", "images")
-            write_demo_images(Path(args.out, "data"), args.seed)
-        files = check_folders(args)
+        files = None if args.demo else check_images(args)
         torch.manual_seed(args.seed)
         backbone = load_backbone(args.backbone, args.hub, args.weights)
         for flag, size in (("--global-size", args.global_size), ("--local-size", args.local_size)):
@@ -1472,6 +1474,11 @@ def main(argv: list[str] | None = None) -> int:
                     f"{flag} {size} is no multiple of {backbone.patch_size}, the patch size of "
                     f"{args.backbone}"
                 )
+        make_out(args.out)
+        if args.demo:
+            args.data = os.path.join(args.out, "data", "train", "images")
+            write_demo_images(Path(args.out, "data"))
+            files = check_images(args)
         if "WORLD_SIZE" in os.environ:
             if args.device != "cpu":
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
