@@ -977,13 +977,13 @@ class Trainer:
             dist.all_reduce(values)
         return (values / self.ranks).tolist()
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank, so that all ranks stop at the same step."""
-        if self.ranks == 1:
-            return flag
-        flags = torch.tensor(float(flag))
-        dist.all_reduce(flags, group=self.cpu_group)
-        return flags.item() > 0
+    def highest(self, value: int) -> int:
+        """Highest value on any rank, so that all ranks stop at the same step."""
+        if self.ranks > 1:
+            values = torch.tensor(value)
+            dist.all_reduce(values, dist.ReduceOp.MAX, self.cpu_group)
+            value = int(values)
+        return value
 
     def gather(self, patches: Tensor) -> Tensor:
         """Patches (2, b, K, D) of all ranks, in the order of the batch: (2, B, K, D)."""
@@ -1208,11 +1208,11 @@ def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> in
             + ("" if trainer.noise_rows else "; no drop path (the backbone has no blocks)"),
             flush=True,
         )
-    stopped: list[int] = []
+    signals = [0]
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopped.append(number))
+        signal.signal(number, lambda number, _: signals.append(number))
 
-    begun, flattened = time.monotonic(), False
+    begun, flattened, stopped = time.monotonic(), False, 0
     for batch in loader:
         for path, reason in batch["unreadable"]:
             if path not in unreadable:
@@ -1252,7 +1252,7 @@ def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> in
                     "above --steepness",
                     file=sys.stderr,
                 )
-        if trainer.any(bool(stopped)):
+        if stopped := trainer.highest(signals[-1]):
             break
         if step % args.save_every == 0 and step < args.steps:
             save_all()
@@ -1265,7 +1265,7 @@ def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> in
             + f"wrote student.pth, teacher.pth, checkpoint.pth and log.csv to {out}"
             + f"; {len(unreadable)} images could not be read" * bool(unreadable)
         )
-    return 128 + stopped[0] if stopped else 0
+    return 128 + stopped if stopped else 0
 
 
 # -------------------------------------------------------------------------------- command line
