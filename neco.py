@@ -195,7 +195,7 @@ def load_hub_model(name: str, hub: str | None, pretrained: bool) -> nn.Module:
             if "'pretrained'" not in str(error):
                 raise
             return load()  # an entry point without that argument
-    except (OSError, RuntimeError, ImportError, TypeError) as error:
+    except Exception as error:  # the network, and the code of the hub, may raise anything
         raise InputError(
             f"--hub {hub}: cannot build {name} ({error}): give --hub a local checkout that has it, "
             "and where there is no network --weights a file"
@@ -330,9 +330,8 @@ class SoftSort(torch.autograd.Function):
             slope = steepness * difference[:, :1]
             # swap = 1 - alpha = 1/2 + atan(slope) / pi, but exact to rounding where it is small
             swap = torch.atan2(torch.ones_like(slope), -slope) / math.pi
-            mixed = swap * difference
-            lo -= mixed
-            hi += mixed
+            lo.addcmul_(swap, difference, value=-1)
+            hi.addcmul_(swap, difference)
             saved += [swap, difference]
         ctx.save_for_backward(*saved)
         ctx.steps, ctx.home_inverse, ctx.steepness = steps, home_inverse, steepness
@@ -352,9 +351,8 @@ class SoftSort(torch.autograd.Function):
             slope = ctx.steepness * difference[:, 0]
             density = ctx.steepness / (math.pi * (1 + slope * slope))  # of the Cauchy distribution
             through_swap = density * (mixed * difference).sum(1)
-            mixed *= swap
-            lo -= mixed
-            hi += mixed
+            lo.addcmul_(swap, mixed, value=-1)
+            hi.addcmul_(swap, mixed)
             lo[:, 0] -= through_swap
             hi[:, 0] += through_swap
             if width > before:
@@ -409,7 +407,8 @@ class RankingLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, steepness: float, teacher_steepness: float, kind: str):
-        block = 8192 if student.is_cuda else 256  # fill a GPU, stay within a core's cache
+        # rows a block: their permutations fill a GPU (150 MB), or stay within a core's cache (1 MB)
+        block = max(16, (40_000_000 if student.is_cuda else 300_000) // student.shape[1] ** 2)
         tiny = torch.finfo(student.dtype).tiny
         total = student.new_zeros(())
         ctx.gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
@@ -816,13 +815,18 @@ class CropDataset(Dataset):
             self.epoch, self.order = epoch, shuffle.permutation(len(self.files)).astype(np.int32)
         rng = random.Random(seed_of(args.seed, "sample", i))
         index, unreadable = self.order[place], []
-        while True:
+        while len(unreadable) < 100:
             try:
                 image = load_image(self.path(index))
                 break
             except Exception as error:  # Pillow raises many kinds; the caller names each file
                 unreadable.append((self.path(index), str(error) or type(error).__name__))
                 index = rng.randrange(len(self.files))
+        else:
+            raise InputError(
+                f"--data {args.data}: 100 of its images in a row cannot be read, the last being "
+                f"{unreadable[-1][0]} ({unreadable[-1][1]})"
+            )
         views = make_views(image, args.global_size, args.local_size, args.local_crops, rng)
         return views | {"unreadable": unreadable}
 
@@ -879,6 +883,7 @@ def add_drop_path(backbone: nn.Module, rate: float = 0.1) -> int:
 
     Source: Huang et al., "Deep networks with stochastic depth", 2016.
     """
+    backbone.noise = None
     blocks = getattr(backbone.model, "blocks", [])
     branches = [branch for block in blocks for branch in (block.attn, block.mlp)]
 
@@ -1075,8 +1080,8 @@ class Trainer:
             loss.backward()
         if copied:  # the backward pass keeps the GPU busy meanwhile
             copied.synchronize()
-        if not math.isfinite(self.host_loss):
-            raise FloatingPointError(f"{float(self.host_loss)}")
+        if self.highest(not math.isfinite(self.host_loss)):
+            raise FloatingPointError
 
         progress = self.step / args.steps
         for group in self.optimizer.param_groups:
@@ -1127,13 +1132,16 @@ def save(path: Path, content: dict | str) -> None:
             raise
 
 
+CHECKPOINT = ("step", "student", "teacher", "optimizer", "queue", "settings", "unreadable")
+
+
 def read_checkpoint(path: Path, settings: dict) -> dict | None:
     """Read the checkpoint of a run with the same settings; None if there is none."""
     if not path.exists():
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before = {**checkpoint}["settings"].copy()
+        before = {name: checkpoint[name] for name in CHECKPOINT}["settings"].copy()
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
         raise InputError(
             f"--out: {path} is broken or no checkpoint of neco.py: move it away, or give another "
@@ -1224,7 +1232,7 @@ def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> in
             measures = trainer.train_step(batch, measured)
         except FloatingPointError as error:
             raise SystemExit(
-                f"neco.py: the loss is {error} at step {step}; the weights did not take it, and "
+                f"neco.py: the loss is not finite at step {step}; the weights did not take it, and "
                 f"the last checkpoint stays in {out}: try a lower --lr and --head-lr"
             ) from error
         if measured:
@@ -1290,7 +1298,7 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
-WHOLE, POSITIVE = number(int, 1), number(float, 1e-9)
+WHOLE, POSITIVE = number(int, 1, 10**9), number(float, 1e-9)
 FLAGS = [  # name, type or choices, default, help
     ("data", str, None, "folder of images, searched recursively; no labels needed"),
     ("out", str, "runs/neco", "folder for the results; a run in it is resumed"),
@@ -1301,11 +1309,21 @@ FLAGS = [  # name, type or choices, default, help
     ("steps", WHOLE, None, "number of steps, instead of epochs; the schedules span it"),
     ("batch-size", WHOLE, 64, "images a step, over all processes"),
     ("accumulate", WHOLE, 1, "work on a batch in so many parts, to save memory; same loss"),
-    ("global-size", WHOLE, 518, "side of the 2 global crops, a multiple of the patch size"),
-    ("local-size", WHOLE, 98, "side of the local crops, likewise"),
+    (
+        "global-size",
+        number(int, 1, 10_000),
+        518,
+        "side of the 2 global crops, a multiple of the patch size",
+    ),
+    ("local-size", number(int, 1, 10_000), 98, "side of the local crops, likewise"),
     ("local-crops", number(int, 0), 4, "local crops an image"),
     ("grid", number(int, 2), 7, "N x N cells of a crop pair rank N x N references"),
-    ("queue", WHOLE, 8192, "teacher patches to draw references from, at least N x N"),
+    (
+        "queue",
+        number(int, 1, 10**7),
+        8192,
+        "teacher patches to draw references from, at least N x N",
+    ),
     ("hidden", WHOLE, 2048, "width of the head; less for a small backbone"),
     ("lr", POSITIVE, 1e-5, "learning rate of the backbone; a far higher one collapses"),
     ("head-lr", POSITIVE, 1e-4, "learning rate of the head"),
@@ -1474,6 +1492,12 @@ def main(argv: list[str] | None = None) -> int:
                     f"{flag} {size} is no multiple of {backbone.patch_size}, the patch size of "
                     f"{args.backbone}"
                 )
+        patches = args.batch_size * (args.global_size // backbone.patch_size) ** 2
+        if patches < args.grid**2:
+            raise InputError(
+                f"--global-size {args.global_size} gives a batch {patches} patches, less than the "
+                f"{args.grid**2} references of --grid {args.grid}"
+            )
         make_out(args.out)
         if args.demo:
             args.data = os.path.join(args.out, "data", "train", "images")
@@ -1491,7 +1515,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"next: python eval_seg.py --demo --data {args.out}")
         return status
     except InputError as error:
-        print(f"neco.py: error: {error}", file=sys.stderr)
+        # a worker of the loader wraps its traceback around the sentence, which comes last
+        sentence = str(error).rpartition("InputError: ")[2].strip()
+        print(f"neco.py: error: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
