@@ -1141,7 +1141,9 @@ def read_checkpoint(path: Path, settings: dict) -> dict | None:
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before = {name: checkpoint[name] for name in CHECKPOINT}["settings"].copy()
+        if not (isinstance(checkpoint, dict) and checkpoint.keys() >= set(CHECKPOINT)):
+            raise KeyError("a part is missing")
+        before = checkpoint["settings"].copy()
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
         raise InputError(
             f"--out: {path} is broken or no checkpoint of neco.py: move it away, or give another "

@@ -1371,7 +1371,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_take_it(
     with monkeypatch.context() as patch:
         patch.setattr(neco, "neco_loss", poisoned)
         status, _, err = command("--data", images, "--out", tmp_path, *RUN)
-    assert status == 1 and "nan" in err and "step 5" in err
+    assert status == 1 and "not finite at step 5" in err
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 4
     assert command("--data", images, "--out", tmp_path, *RUN)[0] == 0
     assert_same_run(tmp_path, whole_run)
