@@ -777,7 +777,7 @@ NUMBERS = (  # flag, default, lowest, highest, help
     ("pictures", 0, 0, 100, "validation images to draw, into picture.png"),
 )
 # Fit for the tiny network and the small images of `python neco.py --demo`.
-DEMO = dict(dataset="folder", backbone="tiny", size=98, epochs=10, batch_size=16, pictures=4)
+DEMO = dict(dataset="folder", backbone="tiny", size=168, epochs=10, batch_size=16, pictures=4)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -798,6 +798,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for flag, default, low, high, text in NUMBERS:
         note = f"{text}, {low:g} to {high:g}" + (f" (default: {default})" if default else "")
         add(f"--{flag}", type=type(low), default=default, metavar="N", help=note)
+
+    def error(message: str) -> None:
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = error
     args = parser.parse_args(argv)
     if args.demo:
         root = args.data or Path("runs/demo")

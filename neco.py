@@ -1429,14 +1429,17 @@ def make_out(folder: str) -> None:
         raise InputError(f"--out {folder} cannot be written ({error.strerror})") from error
 
 
-DEMO = {
+DEMO = {  # small enough for two minutes on two cores
     "out": "runs/demo",
     "backbone": "tiny",
-    "steps": 300,
+    "steps": 200,
     "batch_size": 16,
-    "global_size": 98,
-    "local_size": 42,
-    "workers": 0,
+    "global_size": 112,
+    "local_size": 56,
+    "grid": 4,
+    "queue": 2048,
+    "hidden": 256,
+    "head_lr": 1e-3,
     "log_every": 20,
 }
 TEXTURES = (  # of the demo: brightness 0-1 at pixel (x, y), period p; one for each class
@@ -1448,35 +1451,38 @@ TEXTURES = (  # of the demo: brightness 0-1 at pixel (x, y), period p; one for e
 )
 
 
-def write_demo_images(root: Path, size: int = 112) -> None:
+def write_demo_images(root: Path, size: int = 168) -> None:
     """Write textured shapes on textured ground, with masks: train/ and val/, images/ and masks/.
 
     The class is the texture, one of five; its two colours are random, so that they do not tell it.
     """
     y, x = np.mgrid[:size, :size]
-    for split, count in (("train", 320), ("val", 80)):
+    for split, count in (("train", 160), ("val", 40)):
         for kind in ("images", "masks"):
             (root / split / kind).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             rng = random.Random(seed_of(split, i))
-            image, mask = np.zeros((size, size, 3), np.uint8), Image.new("L", (size, size), 0)
+            mask = Image.new("L", (size, size))
             draw = ImageDraw.Draw(mask)
-            regions = [(0, 0, size, size)]
-            for _ in range(3):
-                w, h = rng.randint(40, 70), rng.randint(40, 70)
+            classes = rng.sample(range(5), 4)  # of the ground and of three shapes on it
+            draw.rectangle((0, 0, size, size), classes[0])
+            for label in classes[1:]:
+                w, h = rng.randint(60, 100), rng.randint(60, 100)
                 left, top = rng.randint(-10, size - w + 10), rng.randint(-10, size - h + 10)
-                regions.append((left, top, left + w, top + h))
-            classes = rng.sample(range(5), 4)
-            for k, (label, box) in enumerate(zip(classes, regions)):
-                shape = draw.rectangle if k == 0 or rng.random() < 0.5 else draw.ellipse
-                shape(box, fill=label)
+                shape = rng.choice([draw.rectangle, draw.ellipse])
+                shape((left, top, left + w, top + h), label)
             labels = np.array(mask)
+            image = np.zeros((size, size, 3), np.uint8)
             for label in classes:
-                dark, light = ([rng.randint(0, 255) for _ in range(3)] for _ in range(2))
-                period = rng.choice([3, 4])
-                pattern = TEXTURES[label](x + rng.randrange(9), y + rng.randrange(9), period)
-                filled = np.where(pattern.astype(bool)[..., None], light, dark)
-                image = np.where((labels == label)[..., None], filled, image)
+                dark = [rng.randint(0, 255) for _ in range(3)]
+                light = [(value + rng.randint(80, 176)) % 256 for value in dark]
+                period = rng.choice([5, 6, 7])
+                pattern = TEXTURES[label](x + rng.randrange(14), y + rng.randrange(14), period)
+                image = np.where(
+                    (labels == label)[..., None],
+                    np.where(pattern.astype(bool)[..., None], light, dark),
+                    image,
+                )
             Image.fromarray(image.astype(np.uint8)).save(root / split / "images" / f"{i:03}.png")
             mask.save(root / split / "masks" / f"{i:03}.png")
 
@@ -1505,6 +1511,13 @@ def main(argv: list[str] | None = None) -> int:
             args.data = os.path.join(args.out, "data", "train", "images")
             write_demo_images(Path(args.out, "data"))
             files = check_images(args)
+            save(Path(args.out, "start.pth"), backbone.model.state_dict())
+            print(
+                "The demo starts from random weights, where there is little to refine: it shows how"
+            )
+            print(
+                "a run goes and how it is evaluated, not what NeCo does for a pretrained backbone."
+            )
         if "WORLD_SIZE" in os.environ:
             if args.device != "cpu":
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1514,7 +1527,8 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         if args.demo and not status:
-            print(f"next: python eval_seg.py --demo --data {args.out}")
+            more = "" if args.out == DEMO["out"] else f" --data {args.out}"
+            print(f"next: python eval_seg.py --demo{more}")
         return status
     except InputError as error:
         # a worker of the loader wraps its traceback around the sentence, which comes last
