@@ -10,8 +10,9 @@ rank them by similarity as the teacher does. Ranking is made differentiable by a
     python neco.py --data photos --steps 2000 --batch-size 16 --accumulate 4
     python neco.py --demo                                             # nothing needed, two minutes
 
-The file reads as the paper does: backbone, sorting, loss, views, training, command line. Each
-function up to the training loop takes tensors, returns tensors, and can be copied out alone.
+The file reads as the paper does: backbone, sorting, loss, views, training, command line. The
+functions before the training loop share no state, and can be copied out alone or with the one or
+two that they call.
 """
 
 import argparse
@@ -254,10 +255,10 @@ def sorting_network(n: int, kind: str = "bitonic") -> list[list[tuple[int, int]]
 
     Source: Batcher 1968; Petersen et al., ICML 2021. The bitonic network is written with all
     comparators in one direction: each merge first compares wire i of a block with its mirror image
-    from the end, then wires half a block apart, a quarter apart, and so on. Up to a renaming of
-    wires it is the textbook network of alternating directions. For an n that is no power of two,
-    smallest elements fill the front up to the next power: no comparator would ever move them, so
-    those that touch them are left out, and the network sorts for every n.
+    from the end, then wires a quarter of the block apart, an eighth apart, and so on. Up to a
+    renaming of wires it is the textbook network of alternating directions. For an n that is no
+    power of two, smallest elements fill the front up to the next power: no comparator would ever
+    move them, so those that touch them are left out, and the network sorts for every n.
     """
     if n < 1:
         raise ValueError(f"a sorting network needs at least one wire, not {n}")
@@ -407,7 +408,7 @@ class RankingLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, steepness: float, teacher_steepness: float, kind: str):
-        # rows a block: their permutations fill a GPU (150 MB), or stay within a core's cache (1 MB)
+        # rows a block: enough to keep a GPU busy, few enough for a core's cache
         block = max(16, (40_000_000 if student.is_cuda else 300_000) // student.shape[1] ** 2)
         tiny = torch.finfo(student.dtype).tiny
         total = student.new_zeros(())
@@ -458,10 +459,10 @@ def neco_loss(
         kind: `bitonic` or `odd_even`.
 
     Returns:
-        The scalar - mean over patches and items of sum over ranks of Q log P, Q the teacher's soft
-        permutation, P the student's; float32, or float64 for float64 features. It is at least
-        the entropy of Q, `neco_loss(teacher, teacher, references, teacher_steepness)`, and log R
-        where P is uniform.
+        -(Q * log P).sum(ranks).mean(patches, items), with Q the teacher's soft permutation and P
+        the student's: a float32 scalar, float64 for float64 features. Its floor is the entropy of
+        Q, `neco_loss(teacher, teacher, references, teacher_steepness)`. Where P is uniform it is
+        log R.
 
     Raises:
         ValueError: shapes that do not fit, a steepness that is not positive, an unknown kind.
@@ -770,8 +771,9 @@ class ReferenceQueue:
 
 # ------------------------------------------------------------------------------------ training
 # One step: the teacher reads the global crops, its patches feed the queue, references are drawn,
-# the student reads all crops, and ten crop pairs go through one loss. All randomness is a function
-# of seed, step and sample, so neither workers nor processes nor an interruption change the result.
+# the student reads all crops, and all crop pairs go through one loss. All randomness is a function
+# of seed, step and sample: on a CPU neither workers nor an interruption change a bit of the result,
+# and the number of processes changes it by rounding only.
 
 
 def seed_of(*key) -> int:
@@ -871,6 +873,9 @@ class Network(nn.Module):
         return maps
 
 
+PATCHES_PER_IMAGE = 10  # that a step adds to the queue of each global crop
+
+
 def add_drop_path(backbone: nn.Module, rate: float = 0.1) -> int:
     """Make a vision transformer drop residual branches, more often the deeper they are.
 
@@ -887,10 +892,10 @@ def add_drop_path(backbone: nn.Module, rate: float = 0.1) -> int:
     blocks = getattr(backbone.model, "blocks", [])
     branches = [branch for block in blocks for branch in (block.attn, block.mlp)]
 
-    def drop(row: int, rate: float, module: nn.Module, _, output):
+    def drop(row: int, share: float, module: nn.Module, _, output):
         if backbone.noise is None or not module.training:
             return output
-        kept = (backbone.noise[row] >= rate)[:, None, None] / (1 - rate)
+        kept = (backbone.noise[row] >= share)[:, None, None] / (1 - share)
         if isinstance(output, tuple):  # DINO's attention also returns its weights
             return output[0] * kept.to(output[0].dtype), *output[1:]
         return output * kept.to(output.dtype)
@@ -940,7 +945,7 @@ class Trainer:
         distributed = dist.is_initialized()
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.teacher = Network(copy.deepcopy(backbone), args.hidden).to(device)
-        self.teacher.requires_grad_(False)
+        self.teacher.requires_grad_(False).eval()
         self.student = Network(backbone, args.hidden).to(device)
         self.noise_rows = add_drop_path(self.student.backbone)
         groups = parameter_groups(self.student, args.lr, args.head_lr)
@@ -1007,7 +1012,7 @@ class Trainer:
         """Advance by one optimiser step on this rank's images of a batch.
 
         Returns loss, floor and agreement (3,) of these images; the latter two only if `measure`.
-        Raises FloatingPointError, before anything is updated, if the loss is not finite.
+        Raises FloatingPointError, before the weights are updated, if the loss is not finite.
         """
         args = self.args
         share = args.batch_size // self.ranks
@@ -1017,12 +1022,12 @@ class Trainer:
         # Random numbers are drawn for the whole batch, whoever works on which part of it.
         seed = seed_of(args.seed, "step", self.step)
         generator = torch.Generator().manual_seed(seed)
-        crops, references = 2 + args.local_crops, args.grid**2
+        crops, references = 2 + args.local_crops, args.grid**2  # how many
         patches = (args.global_size // self.student.backbone.patch_size) ** 2
         noise = torch.rand(self.noise_rows, args.batch_size, crops, generator=generator)[:, mine]
         scores = torch.rand(2, args.batch_size, patches, generator=generator)
-        filled = min(self.queue.filled + 10 * args.batch_size, args.queue)
-        count = min(10 if filled >= references else references, patches)
+        enough = self.queue.filled + PATCHES_PER_IMAGE * args.batch_size >= references
+        count = min(PATCHES_PER_IMAGE if enough else references, patches)
         places = self.to_device(scores.topk(count).indices[:, mine])
 
         # Accumulation: a batch in parts, each with its crops, their noise, and the boxes.
@@ -1046,8 +1051,8 @@ class Trainer:
             flat = torch.stack(maps).flatten(3).transpose(2, 3)  # (2, b, h * w, D)
             samples.append(flat.gather(2, at[..., None].expand(-1, -1, -1, flat.shape[3])))
         samples = self.gather(torch.cat(samples, dim=1))  # (2, B, count, D)
-        self.queue.push(samples[:, :, :10].flatten(1, 2))
-        enough = self.queue.filled >= references
+        self.queue.push(samples[:, :, :PATCHES_PER_IMAGE].flatten(1, 2))
+        enough = self.queue.filled >= references  # if not, draw from the current batch
         pool = self.queue.patches[:, : self.queue.filled] if enough else samples.flatten(1, 2)
         order = reference_order(len(self.pairs), pool.shape[1], args.batch_size, references, seed)
         order = self.to_device(order[:, mine])
@@ -1073,12 +1078,13 @@ class Trainer:
                 )
                 agreement = rank_agreement(cells.detach(), target, reference)
                 measures[1:] += torch.stack([floor, agreement]) / len(parts)
+            # the check below waits for this copy only, while the GPU works on the backward pass
             self.host_loss.copy_(measures[0], non_blocking=True)
             copied = torch.cuda.Event() if self.device.type == "cuda" else None
             if copied:
                 copied.record()
             loss.backward()
-        if copied:  # the backward pass keeps the GPU busy meanwhile
+        if copied:
             copied.synchronize()
         if self.highest(not math.isfinite(self.host_loss)):
             raise FloatingPointError
@@ -1106,7 +1112,11 @@ def writing(path: Path):
 
 
 def plain(value):
-    """Copy nested containers with strings interned: equal content then pickles to equal bytes."""
+    """Copy nested containers with strings interned, so that equal content pickles to equal bytes.
+
+    Pickle writes a string once and refers back to it where it meets the same object again; strings
+    of a loaded checkpoint are other objects than those of this program.
+    """
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1208,6 +1218,8 @@ def train(args: argparse.Namespace, backbone: Backbone, files: np.ndarray) -> in
         multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
     )
     if talks:
+        if args.demo and not first:
+            save(out / "start.pth", backbone.model.state_dict())
         start_log(out / "log.csv", first)
         parameters = sum(p.numel() for p in backbone.parameters()) / 1e6
         print(
@@ -1331,7 +1343,7 @@ FLAGS = [  # name, type or choices, default, help
     ("head-lr", POSITIVE, 1e-4, "learning rate of the head"),
     ("weight-decay", number(float, 0), [0.04, 0.5], "of AdamW, at the start and at the end"),
     ("momentum", number(float, 0, 1), 0.9995, "of the teacher at the start; 1 at the end"),
-    ("steepness", POSITIVE, 100.0, "of the sorting network; infinity is a hard sort"),
+    ("steepness", POSITIVE, 100.0, "of the sorting network; the higher, the harder the sort"),
     ("teacher-steepness", POSITIVE, None, "as --steepness; a higher one works against collapse"),
     ("sorting", ("bitonic", "odd_even"), "bitonic", "sorting network: bitonic or odd_even"),
     ("workers", number(int, 0), min(16, os.cpu_count() or 1), "processes that read images"),
@@ -1511,11 +1523,8 @@ def main(argv: list[str] | None = None) -> int:
             args.data = os.path.join(args.out, "data", "train", "images")
             write_demo_images(Path(args.out, "data"))
             files = check_images(args)
-            save(Path(args.out, "start.pth"), backbone.model.state_dict())
             print(
-                "The demo starts from random weights, where there is little to refine: it shows how"
-            )
-            print(
+                "The demo starts from random weights, where there is little to refine: it shows how\n"
                 "a run goes and how it is evaluated, not what NeCo does for a pretrained backbone."
             )
         if "WORLD_SIZE" in os.environ:
