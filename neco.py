@@ -1524,8 +1524,8 @@ def main(argv: list[str] | None = None) -> int:
             write_demo_images(Path(args.out, "data"))
             files = check_images(args)
             print(
-                "The demo starts from random weights, where there is little to refine: it shows how\n"
-                "a run goes and how it is evaluated, not what NeCo does for a pretrained backbone."
+                "The demo starts from random weights, where there is little to refine: it shows\n"
+                "how a run goes, not what NeCo does for a pretrained backbone."
             )
         if "WORLD_SIZE" in os.environ:
             if args.device != "cpu":
