@@ -777,7 +777,7 @@ NUMBERS = (  # flag, default, lowest, highest, help
     ("pictures", 0, 0, 100, "validation images to draw, into picture.png"),
 )
 # Fit for the tiny network and the small images of `python neco.py --demo`.
-DEMO = dict(dataset="folder", backbone="tiny", size=168, epochs=10, batch_size=16, pictures=4)
+DEMO = dict(dataset="folder", backbone="tiny", size=112, epochs=10, batch_size=16, pictures=4)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

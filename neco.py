@@ -88,10 +88,14 @@ class TinyViT(nn.Module):
 
     patch_size = 14
 
-    def __init__(self, embed_dim: int = 96, depth: int = 4, heads: int = 3):
+    def __init__(self, embed_dim: int = 64, depth: int = 3, heads: int = 2):
         super().__init__()
         self.embed_dim = embed_dim
-        self.patch_embed = nn.Conv2d(3, embed_dim, self.patch_size, self.patch_size)
+        self.patch_embed = nn.Sequential(  # two layers see texture sooner than one
+            nn.Conv2d(3, 24, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Conv2d(24, embed_dim, 7, stride=7),
+        )
         self.blocks = nn.ModuleList(Block(embed_dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
 
@@ -1444,59 +1448,100 @@ def make_out(folder: str) -> None:
 DEMO = {  # small enough for two minutes on two cores
     "out": "runs/demo",
     "backbone": "tiny",
-    "steps": 200,
-    "batch_size": 16,
-    "global_size": 112,
-    "local_size": 56,
-    "grid": 4,
+    "steps": 300,
+    "batch_size": 8,
+    "global_size": 98,
+    "local_size": 42,
+    "local_crops": 2,
+    "grid": 3,
     "queue": 2048,
-    "hidden": 256,
-    "head_lr": 1e-3,
+    "hidden": 128,
+    "lr": 1e-3,
+    "weight_decay": [0.04, 0.04],
+    "momentum": 0.995,
+    "steepness": 1000.0,
+    "teacher_steepness": 4000.0,
+    "workers": 0,
     "log_every": 20,
 }
-TEXTURES = (  # of the demo: brightness 0-1 at pixel (x, y), period p; one for each class
-    lambda x, y, p: (x // p % 2) + 0 * y,
-    lambda x, y, p: (y // p % 2) + 0 * x,
-    lambda x, y, p: (x // p + y // p) % 2,
-    lambda x, y, p: ((x + y) // p) % 2,
-    lambda x, y, p: ((x % (2 * p) - p) ** 2 + (y % (2 * p) - p) ** 2) < p * p,
-)
 
 
-def write_demo_images(root: Path, size: int = 168) -> None:
+def write_demo_images(root: Path, size: int = 112) -> None:
     """Write textured shapes on textured ground, with masks: train/ and val/, images/ and masks/.
 
-    The class is the texture, one of five; its two colours are random, so that they do not tell it.
+    The class is the texture: stripes in one of four directions, or checks. Its two colours, width,
+    phase and a small turn are random, so that colour does not tell the class, and there is noise.
     """
     y, x = np.mgrid[:size, :size]
-    for split, count in (("train", 160), ("val", 40)):
+    for split, count in (("train", 320), ("val", 80)):
         for kind in ("images", "masks"):
             (root / split / kind).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            rng = random.Random(seed_of(split, i))
+            rng = np.random.default_rng(seed_of(split, i))
             mask = Image.new("L", (size, size))
             draw = ImageDraw.Draw(mask)
-            classes = rng.sample(range(5), 4)  # of the ground and of three shapes on it
+            classes = rng.permutation(5)[:4].tolist()  # of the ground and of three shapes on it
             draw.rectangle((0, 0, size, size), classes[0])
             for label in classes[1:]:
-                w, h = rng.randint(60, 100), rng.randint(60, 100)
-                left, top = rng.randint(-10, size - w + 10), rng.randint(-10, size - h + 10)
-                shape = rng.choice([draw.rectangle, draw.ellipse])
+                w, h = rng.integers(40, 71, 2).tolist()
+                left, top = rng.integers(-10, (size - w + 11, size - h + 11)).tolist()
+                shape = draw.rectangle if rng.random() < 0.5 else draw.ellipse
                 shape((left, top, left + w, top + h), label)
-            labels = np.array(mask)
-            image = np.zeros((size, size, 3), np.uint8)
+            labels, image = np.array(mask), np.zeros((size, size, 3))
             for label in classes:
-                dark = [rng.randint(0, 255) for _ in range(3)]
-                light = [(value + rng.randint(80, 176)) % 256 for value in dark]
-                period = rng.choice([5, 6, 7])
-                pattern = TEXTURES[label](x + rng.randrange(14), y + rng.randrange(14), period)
-                image = np.where(
-                    (labels == label)[..., None],
-                    np.where(pattern.astype(bool)[..., None], light, dark),
-                    image,
+                angle = label % 4 * np.pi / 4 + rng.uniform(-0.15, 0.15)
+                turned = (
+                    x * np.cos(angle) + y * np.sin(angle),
+                    y * np.cos(angle) - x * np.sin(angle),
                 )
-            Image.fromarray(image.astype(np.uint8)).save(root / split / "images" / f"{i:03}.png")
+                period, phases = rng.uniform(7, 12), rng.uniform(0, 2 * np.pi, 2)
+                waves = [np.sin(2 * np.pi * u / period + p) for u, p in zip(turned, phases)]
+                pattern = waves[0] * waves[1] if label == 4 else waves[0]
+                middle = rng.uniform(103, 153, 3)
+                contrast = rng.uniform(25, 60) * rng.uniform(0.6, 1.4, 3)
+                colours = np.where(pattern[..., None] > 0, middle + contrast, middle - contrast)
+                image = np.where((labels == label)[..., None], colours, image)
+            image += rng.normal(0, 30, (size, size, 1))
+            image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+            image.save(root / split / "images" / f"{i:03}.png")
             mask.save(root / split / "masks" / f"{i:03}.png")
+
+
+def warm_up(backbone: Backbone, root: str, files: np.ndarray, seed: int, steps: int = 150) -> None:
+    """Train random weights a little, image by image, so that NeCo has something to refine.
+
+    Not part of NeCo, which starts from a pretrained backbone: this stands in for the pretraining
+    (SimCLR, Chen et al., 2020). Each window of 28 x 28 pixels is an image of its own. Two of its
+    views, moved by up to 7 pixels and in changed colours, should have a similar mean feature, and
+    one unlike that of all other windows. No labels; all images must have one size.
+    """
+    size, shift, batch = 28, 7, 128
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    images = [np.array(load_image(os.path.join(root, os.fsdecode(name)))) for name in files]
+    windows = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    windows = windows.unfold(2, size, 1).unfold(3, size, 1)  # (images, 3, rows, columns, 28, 28)
+    head = nn.Sequential(
+        *(nn.Linear(backbone.embed_dim, 128), nn.BatchNorm1d(128), nn.GELU()),
+        *(nn.Linear(128, 64), nn.BatchNorm1d(64, affine=False)),
+    )
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
+    for step in range(steps):
+        index = torch.randint(len(windows), (batch,)).repeat(2)
+        place = torch.randint(windows.shape[2], (2, batch)).repeat(1, 2)
+        place = place + torch.randint(-shift, shift + 1, place.shape)
+        row, column = place.clamp(0, windows.shape[2] - 1)
+        colours = torch.tensor([random_colours(rng) for _ in index])
+        views = change_colours(windows[index, :, row, column], colours)
+        z = F.normalize(head(backbone(views).mean((2, 3))), dim=1)
+        logits = (z @ z.T / 0.2).fill_diagonal_(-1e4)
+        loss = F.cross_entropy(logits, torch.arange(2 * batch).roll(batch))  # find the other view
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(1e-3, 0, step / steps) * min(1, (step + 1) / 50)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1523,10 +1568,11 @@ def main(argv: list[str] | None = None) -> int:
             args.data = os.path.join(args.out, "data", "train", "images")
             write_demo_images(Path(args.out, "data"))
             files = check_images(args)
-            print(
-                "The demo starts from random weights, where there is little to refine: it shows\n"
-                "how a run goes, not what NeCo does for a pretrained backbone."
-            )
+            if not Path(args.out, "checkpoint.pth").exists():
+                print(
+                    "The demo has no pretrained backbone; a short SimCLR warm-up stands in for it."
+                )
+                warm_up(backbone, args.data, files, args.seed)
         if "WORLD_SIZE" in os.environ:
             if args.device != "cpu":
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
