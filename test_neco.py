@@ -1203,14 +1203,15 @@ def test_references_come_from_the_patches_of_former_steps(command, images, tmp_p
 
 
 def test_training_teaches_the_teachers_ranking(command, images, tmp_path):
-    options = ("--steps", 24, "--lr", 1e-3, "--head-lr", 1e-3, "--momentum", 1, "--local-crops", 0)
+    options = shlex.split("--steps 80 --hidden 256 --batch-size 8 --lr 1e-3 --head-lr 1e-3")
+    options += ["--momentum", 1, "--local-crops", 0]
     status, _, _ = command("--data", images, "--out", tmp_path, *RUN, *options)
     rows = read_log(tmp_path)
     excess = [row["loss"] - row["floor"] for row in rows]
     agreement = [row["agreement"] for row in rows]
     assert status == 0
-    assert np.mean(excess[-6:]) < 0.8 * np.mean(excess[:6])
-    assert np.mean(agreement[-6:]) > np.mean(agreement[:6]) + 0.1
+    assert np.mean(excess[-20:]) < 0.8 * np.mean(excess[:20])
+    assert np.mean(agreement[-20:]) > np.mean(agreement[:20]) + 0.1
 
 
 @pytest.mark.parametrize("parts", [2, 4])
