@@ -15,15 +15,14 @@ with. Figures are printed and written to results.json under `--out`.
 
 import argparse
 import colorsys
-import functools
 import io
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +82,10 @@ def read_values(path: Path) -> np.ndarray:
     return np.asarray(image).astype(np.int32)
 
 
-def read_class_mask(path: Path, table: np.ndarray) -> np.ndarray:
-    """Read a mask whose values `table` maps to classes; InputError on a value that has none."""
+def read_class_mask(path: Path, classes: dict[int, int]) -> np.ndarray:
+    """Read a mask and replace its values by their classes; InputError where one has no class."""
+    table = np.full(257, INVALID, np.uint8)  # the last entry stands for all other values
+    table[list(classes)] = list(classes.values())
     values = read_values(path)
     mask = table[values.clip(-1, 256)]
     if (mask == INVALID).any():
@@ -92,22 +93,19 @@ def read_class_mask(path: Path, table: np.ndarray) -> np.ndarray:
     return mask
 
 
-def class_reader(classes: dict[int, int]) -> Callable[[Path], np.ndarray]:
-    """Function that reads masks whose values are the keys of `classes`, as its values."""
-    table = np.full(257, INVALID, np.uint8)  # the last entry stands for all other values
-    table[list(classes)] = list(classes.values())
-    return functools.partial(read_class_mask, table=table)
+def read_panoptic_mask(path: Path, segments: dict[Path, dict[int, int]]) -> np.ndarray:
+    """Read a COCO panoptic PNG, in which a pixel is the segment R + 256 G + 65536 B.
 
-
-def read_panoptic_mask(path: Path, segments: dict[Path, tuple]) -> np.ndarray:
-    """Read a COCO panoptic PNG, in which a pixel is the segment R + 256 G + 65536 B."""
-    ids, classes = segments[path]  # sorted ids, and their classes
+    `segments` gives the class of each segment of each file; those it leaves out are ignored.
+    """
     image = open_image(path)
     if image.mode != "RGB":
         raise InputError(f"{path} is an image of mode {image.mode}, not a panoptic RGB mask")
-    pixels = np.asarray(image) @ np.array([1, 256, 65536])
-    at = np.searchsorted(ids, pixels).clip(max=len(ids) - 1)
-    return np.where(ids[at] == pixels, classes[at], np.uint8(IGNORE))
+    ids = np.asarray(image) @ np.array([1, 256, 65536])
+    mask = np.full(ids.shape, IGNORE, np.uint8)
+    for segment, number in segments[path].items():
+        mask[ids == segment] = number
+    return mask
 
 
 def locate(root: Path, parts: dict[str, str]) -> dict[str, Path]:
@@ -119,27 +117,31 @@ def locate(root: Path, parts: dict[str, str]) -> dict[str, Path]:
             in `annotations` or beside it: their inner archives unpack wherever they are unpacked.
 
     Returns:
-        The path of each part. InputError names the first that is missing, and its download.
+        The path of each part, in the order asked. InputError names the first that is missing,
+        and its download.
     """
     if not root.is_dir():
         raise InputError(f"--data {root} is not a folder")
     best: dict[str, Path] = {}
     root = root.resolve()
     for base in (root, root.parent, *sorted(path for path in root.iterdir() if path.is_dir())):
-        places = {part: [base / part, base / "annotations" / part] for part in parts}
-        found = {part: next(filter(Path.exists, paths), None) for part, paths in places.items()}
-        best = max(best, {part: path for part, path in found.items() if path}, key=len)
+        found = {}
+        for part in parts:
+            for path in (base / "annotations" / part, base / part):
+                if path.exists():
+                    found[part] = path
+        best = max(best, found, key=len)
     for part, download in parts.items():
         if part not in best:
             raise InputError(f"--data {root}: {part} is not there; it comes with {download}")
     return best
 
 
-def read_json(path: Path, keys: tuple[str, ...]) -> dict:
-    """Read an annotation file of COCO; InputError where it is broken or lacks a key."""
+def read_json(path: Path, *keys: str) -> list:
+    """Read the values of keys of a COCO annotation file; InputError where it does not hold them."""
     try:
         content = json.loads(path.read_bytes())
-        return {key: content[key] for key in keys}
+        return [content[key] for key in keys]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no annotation file of COCO ({error!r})") from error
 
@@ -164,80 +166,77 @@ def pair_files(images: Path, masks: Path, stems: list[str] | None = None) -> lis
 
 def load_voc(root: Path) -> Segmentation:
     """Pascal VOC 2012; trains on trainaug (SBD) where its list and masks are there."""
-    folders = ("JPEGImages", "SegmentationClass")
-    lists = ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt")
+    parts = ["JPEGImages", "SegmentationClass"]
+    parts += [f"ImageSets/Segmentation/{split}.txt" for split in ("train", "val")]
     root = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
-    part = locate(root, dict.fromkeys(folders + lists, "VOCtrainval_11-May-2012.tar"))
-    train, masks = part[lists[0]], part["SegmentationClass"]
-    augmented = masks.with_name("SegmentationClassAug")
-    if augmented.is_dir() and train.with_name("trainaug.txt").exists():
-        train, masks = train.with_name("trainaug.txt"), augmented
+    found = locate(root, dict.fromkeys(parts, "VOCtrainval_11-May-2012.tar"))
+    images, masks, train, val = found.values()
+    augmented = train.with_name("trainaug.txt"), masks.with_name("SegmentationClassAug")
 
-    def stems(path: Path) -> list[str]:
+    def pairs(names: Path, masks: Path) -> list[tuple[Path, Path]]:
         # Some copies of trainaug.txt give the two paths of a pair instead of its name.
-        return [Path(line.split()[0]).stem for line in path.read_text().split("\n") if line.strip()]
+        lines = [line.split() for line in names.read_text().splitlines()]
+        return pair_files(images, masks, [Path(line[0]).stem for line in lines if line])
 
-    val = pair_files(part["JPEGImages"], part["SegmentationClass"], stems(part[lists[1]]))
-    read_mask = class_reader({IGNORE: IGNORE} | {n: n for n in range(21)})
-    train = pair_files(part["JPEGImages"], masks, stems(train))
-    return Segmentation(train, val, VOC_CLASSES.split(), read_mask)
+    training = augmented if all(path.exists() for path in augmented) else (train, masks)
+    read_mask = partial(read_class_mask, classes={n: n for n in [*range(21), IGNORE]})
+    return Segmentation(pairs(*training), pairs(val, masks), VOC_CLASSES.split(), read_mask)
 
 
 def load_ade20k(root: Path) -> Segmentation:
     """ADE20K scene parsing: 150 classes, in the masks 1 to 150; 0 is no label."""
-    parts = [f"{a}/{b}" for a in ("images", "annotations") for b in ("training", "validation")]
-    part = locate(root, dict.fromkeys([*parts, "objectInfo150.txt"], "ADEChallengeData2016.zip"))
-    text = part["objectInfo150.txt"].read_text()
-    rows = re.findall(r"^\s*(\d+)\s[\s\d.]*([^\d\s.][^\t,;\n]*)", text, re.MULTILINE)
-    classes = [name.strip() for _, name in rows]
-    if [int(number) for number, _ in rows] != list(range(1, 151)):
-        raise InputError(f"{part['objectInfo150.txt']} does not name the classes 1 to 150")
-    train, val = (pair_files(part[parts[n]], part[parts[n + 2]]) for n in (0, 1))
-    return Segmentation(
-        train, val, classes, class_reader({0: IGNORE} | {n + 1: n for n in range(150)})
-    )
+    parts = [f"{a}/{b}" for b in ("training", "validation") for a in ("images", "annotations")]
+    parts.append("objectInfo150.txt")
+    found = locate(root, dict.fromkeys(parts, "ADEChallengeData2016.zip"))
+    *folders, names = found.values()
+    rows = [line.split("\t") for line in names.read_text().strip().splitlines()[1:]]
+    if [row[0].strip() for row in rows] != [str(n) for n in range(1, 151)]:
+        raise InputError(f"{names} does not name the classes 1 to 150")
+    classes = [row[-1].split(",")[0].strip() for row in rows]  # the first of several synonyms
+    read_mask = partial(read_class_mask, classes={0: IGNORE} | {n + 1: n for n in range(150)})
+    return Segmentation(pair_files(*folders[:2]), pair_files(*folders[2:]), classes, read_mask)
 
 
-def locate_coco(root: Path, download: str, parts: list[str]) -> dict[str, Path]:
-    """Find the images of COCO 2017 and the given parts of an annotation download."""
-    images = {"train2017": "train2017.zip", "val2017": "val2017.zip"}
-    return locate(root, images | dict.fromkeys(parts, download))
+COCO_IMAGES = {"train2017": "train2017.zip", "val2017": "val2017.zip"}
 
 
 def load_coco_things(root: Path) -> Segmentation:
     """COCO 2017 panoptic: the super-categories of things; all stuff is ignored."""
     parts = [f"panoptic_{split}2017{end}" for end in (".json", "") for split in ("train", "val")]
-    part = locate_coco(root, "panoptic_annotations_trainval2017.zip", parts)
+    archive = "panoptic_annotations_trainval2017.zip"
+    found = locate(root, COCO_IMAGES | dict.fromkeys(parts, archive))
     segments, pairs = {}, []
-    for split in ("train2017", "val2017"):
-        content = read_json(part[f"panoptic_{split}.json"], ("categories", "annotations"))
-        things = {c["id"]: c["supercategory"] for c in content["categories"] if c["isthing"]}
-        names, masks = sorted(set(things.values())), part[f"panoptic_{split}"]
+    for split in COCO_IMAGES:
+        annotation_file, masks = found[f"panoptic_{split}.json"], found[f"panoptic_{split}"]
+        categories, annotations = read_json(annotation_file, "categories", "annotations")
+        things = {c["id"]: c["supercategory"] for c in categories if c["isthing"]}
+        names = sorted(set(things.values()))
         classes = {i: names.index(name) for i, name in things.items()}
-        for item in content["annotations"]:
-            info = {s["id"]: classes.get(s["category_id"], IGNORE) for s in item["segments_info"]}
-            ids = np.array(sorted(info) or [0])
-            found = np.array([info.get(i, IGNORE) for i in ids.tolist()], np.uint8)
-            segments[masks / item["file_name"]] = ids, found
-        stems = [Path(item["file_name"]).stem for item in content["annotations"]]
-        pairs.append(pair_files(part[split], masks, stems))
-    return Segmentation(*pairs, names, functools.partial(read_panoptic_mask, segments=segments))
+        for item in annotations:
+            segments[masks / item["file_name"]] = {
+                segment["id"]: classes[segment["category_id"]]
+                for segment in item["segments_info"]
+                if segment["category_id"] in classes
+            }
+        stems = [Path(item["file_name"]).stem for item in annotations]
+        pairs.append(pair_files(found[split], masks, stems))
+    return Segmentation(*pairs, names, partial(read_panoptic_mask, segments=segments))
 
 
 def load_coco_stuff(root: Path) -> Segmentation:
     """COCO 2017 stuff: its super-categories; things (0) and `other` (183) are ignored."""
     # Both annotation files hold the same categories, and that of val is 20 times as small.
     parts = ["stuff_val2017.json", "stuff_train2017_pixelmaps", "stuff_val2017_pixelmaps"]
-    part = locate_coco(root, "stuff_annotations_trainval2017.zip", parts)
-    categories = read_json(part[parts[0]], ("categories",))["categories"]
-    table = {c["id"]: c["supercategory"] for c in categories}
-    names = sorted(set(table.values()) - {"other"})
-    classes = {i: names.index(name) if name in names else IGNORE for i, name in table.items()}
+    found = locate(root, COCO_IMAGES | dict.fromkeys(parts, "stuff_annotations_trainval2017.zip"))
+    (categories,) = read_json(found["stuff_val2017.json"], "categories")
+    stuff = {c["id"]: c["supercategory"] for c in categories}
+    names = sorted(set(stuff.values()) - {"other"})
+    classes = {i: names.index(name) if name in names else IGNORE for i, name in stuff.items()}
     pairs = []
-    for split in ("train2017", "val2017"):
-        masks = part[f"stuff_{split}_pixelmaps"]
-        pairs.append(pair_files(part[split], masks, sorted(p.stem for p in masks.glob("*.png"))))
-    return Segmentation(*pairs, names, class_reader({0: IGNORE} | classes))
+    for split in COCO_IMAGES:
+        masks = found[f"stuff_{split}_pixelmaps"]
+        pairs.append(pair_files(found[split], masks, sorted(p.stem for p in masks.glob("*.png"))))
+    return Segmentation(*pairs, names, partial(read_class_mask, classes={0: IGNORE} | classes))
 
 
 def load_folder(root: Path) -> Segmentation:
@@ -247,9 +246,10 @@ def load_folder(root: Path) -> Segmentation:
     class, the first class 0; without that file the largest value in the masks tells their number.
     """
     parts = [f"{split}/{kind}" for split in ("train", "val") for kind in ("images", "masks")]
-    part = locate(root, dict.fromkeys(parts, "every data set of this layout"))
-    pairs = [pair_files(part[parts[0]], part[parts[1]]), pair_files(part[parts[2]], part[parts[3]])]
-    names = part[parts[0]].parent.parent / "classes.txt"
+    found = locate(root, dict.fromkeys(parts, "every data set of this layout"))
+    images, masks, *val = found.values()
+    pairs = [pair_files(images, masks), pair_files(*val)]
+    names = images.parent.with_name("classes.txt")
     if names.exists():
         classes = names.read_text().strip().splitlines()
     else:
@@ -262,12 +262,17 @@ def load_folder(root: Path) -> Segmentation:
         classes = [f"class {n}" for n in range(highest + 1)]
     if not 2 <= len(classes) < INVALID:
         raise InputError(f"--data {root} has {len(classes)} classes; from 2 to 253 are needed")
-    read_mask = class_reader({IGNORE: IGNORE} | {n: n for n in range(len(classes))})
-    return Segmentation(*pairs, classes, read_mask)
+    numbers = {n: n for n in [*range(len(classes)), IGNORE]}
+    return Segmentation(*pairs, classes, partial(read_class_mask, classes=numbers))
 
 
-DATASETS = {"voc": load_voc, "ade20k": load_ade20k, "folder": load_folder}
-DATASETS |= {"coco-things": load_coco_things, "coco-stuff": load_coco_stuff}
+DATASETS = {
+    "voc": load_voc,
+    "ade20k": load_ade20k,
+    "coco-things": load_coco_things,
+    "coco-stuff": load_coco_stuff,
+    "folder": load_folder,
+}
 
 
 class ImagesAndMasks(Dataset):
