@@ -28,11 +28,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import normalize, pil_to_tensor, to_tensor
 
 from neco import InputError, load_backbone
 
@@ -42,6 +43,7 @@ from neco import InputError, load_backbone
 
 IGNORE, INVALID = 255, 254  # marks in a mask: pixel without label, value that no class has
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 CHUNK = 16  # images at a time where nothing is trained
 VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog
 horse motorbike person pottedplant sheep sofa train tvmonitor"""
@@ -301,7 +303,7 @@ class ImagesAndMasks(Dataset):
                 f"{path} is {image.width} x {image.height} pixels, "
                 f"its mask {mask_path} {mask.width} x {mask.height}"
             )
-        box = (0, 0, *image.size)
+        box, flip = (0, 0, *image.size), False
         if self.crop is not None:
             with torch.random.fork_rng(devices=[]):
                 key = np.random.SeedSequence((*self.crop, index)).generate_state(1)
@@ -311,29 +313,21 @@ class ImagesAndMasks(Dataset):
             box = (x, y, x + w, y + h)
         image = image.resize((self.size,) * 2, Image.Resampling.BILINEAR, box)
         mask = mask.resize((self.mask_size,) * 2, Image.Resampling.NEAREST, box)
-        pixels, labels = np.array(image), np.array(mask)
-        if self.crop is not None and flip:
-            pixels, labels = pixels[:, ::-1].copy(), labels[:, ::-1].copy()
-        return normalise(torch.from_numpy(pixels).permute(2, 0, 1)), torch.from_numpy(labels)
-
-
-def normalise(image: Tensor) -> Tensor:
-    """Subtract the mean of ImageNet and divide by its deviation: (3, H, W) uint8 to float."""
-    mean, std = image.new_tensor([0.485, 0.456, 0.406], dtype=torch.float), [0.229, 0.224, 0.225]
-    return (image / 255 - mean.view(3, 1, 1)) / mean.new_tensor(std).view(3, 1, 1)
+        if flip:
+            image, mask = ImageOps.mirror(image), ImageOps.mirror(mask)
+        return normalize(to_tensor(image), MEAN, STD), pil_to_tensor(mask)[0]
 
 
 def progress(items: Iterable, label: str) -> Iterator:
     """Yield the items; on a terminal, show how far it is and the time left in one line."""
-    start, total, shown = time.monotonic(), len(items), sys.stderr.isatty()
+    start, total = time.monotonic(), len(items)
     for done, item in enumerate(items, 1):
         yield item
-        if shown:
+        if sys.stderr.isatty():
             left = round((time.monotonic() - start) / done * (total - done))
             line = f"{label}: {done}/{total}, {left // 60}:{left % 60:02} left"
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-    if shown:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+            shown = line if done < total else ""
+            print(f"\r\033[K{shown}", end="", file=sys.stderr, flush=True)
 
 
 def batches(
