@@ -44,7 +44,6 @@ from neco import InputError, load_backbone
 IGNORE, INVALID = 255, 254  # marks in a mask: pixel without label, value that no class has
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-CHUNK = 16  # images at a time where nothing is trained
 VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog
 horse motorbike person pottedplant sheep sofa train tvmonitor"""
 
@@ -330,31 +329,35 @@ def progress(items: Iterable, label: str) -> Iterator:
             print(f"\r\033[K{shown}", end="", file=sys.stderr, flush=True)
 
 
-def batches(
-    data: Dataset,
-    size: int,
-    workers: int,
-    device: torch.device,
-    label: str,
-    order: list | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of images and masks on the device, in file order or in the order given."""
-    pin = device.type == "cuda"
-    loader = DataLoader(data, size, sampler=order, num_workers=workers, pin_memory=pin)
-    for images, masks in progress(loader, label):
-        yield images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-
-
 @torch.no_grad()
-def patch_features(backbone: nn.Module, images: Tensor, precision: str) -> Tensor:
-    """Features (B, D, H/p, W/p) in float32 of images (B, 3, H, W); `precision` fp32 or bf16."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return backbone(images).float()
+def patch_features(
+    backbone: nn.Module,
+    dataset: Dataset,
+    label: str,
+    workers: int = 0,
+    precision: str = "fp32",
+    batch_size: int = 16,
+    order: list[int] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the features of a data set, batch by batch, on the device of the backbone.
 
+    Args:
+        backbone: as `load_backbone` gives it, with patch size p.
+        dataset: ImagesAndMasks.
+        label: what to call this on a terminal.
+        workers, precision: processes that read images; fp32 or bf16 for the backbone.
+        order: numbers of the images; all in the order of the files where it is None.
 
-def upsample(maps: Tensor, size: int) -> Tensor:
-    """Resize maps (B, C, h, w) bilinearly to (B, C, size, size)."""
-    return F.interpolate(maps, (size, size), mode="bilinear", align_corners=False)
+    Yields:
+        Features (B, D, S/p, S/p) float32, and masks (B, M, M) uint8.
+    """
+    device = next(backbone.parameters()).device
+    pin = device.type == "cuda"
+    loader = DataLoader(dataset, batch_size, sampler=order, num_workers=workers, pin_memory=pin)
+    for images, masks in progress(loader, label):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            features = backbone(images.to(device, non_blocking=True))
+        yield features.float(), masks.to(device, non_blocking=True)
 
 
 # -------------------------------------------------------------------------------------- metric
@@ -387,6 +390,35 @@ def mean_iou(confusion: Tensor) -> float:
     return 100 * class_iou(confusion).nanmean().item()
 
 
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Iterable[Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    classes: int,
+    keep: Iterable[int] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Compare the predictions for a data set with its masks.
+
+    Args:
+        predict: features (B, D, h, w) to B maps (M, M) of class numbers.
+        batches: features and masks (B, M, M), as `patch_features` yields them.
+        keep: numbers of the images whose predictions are wanted.
+
+    Returns:
+        The confusion matrix (classes, classes) int64, and the predictions asked for.
+    """
+    confusion, kept, index = torch.zeros(classes, classes, dtype=torch.int64), {}, 0
+    for features, masks in batches:
+        for prediction, mask in zip(predict(features), masks, strict=True):
+            confusion += confusion_matrix(prediction, mask, classes).cpu()
+            if index in keep:
+                kept[index] = prediction.cpu()
+            index += 1
+    if not confusion.any():
+        raise InputError("the masks of the validation images hold no labelled pixel")
+    return confusion, kept
+
+
 # ---------------------------------------------------------------------------------- in-context
 # Segmentation by retrieval, "Towards in-context scene understanding" (Balazevic et al., 2023). The
 # memory holds features of training patches and the class frequencies of their pixels.
@@ -401,12 +433,11 @@ def patch_labels(masks: Tensor, classes: int, patch: int) -> Tensor:
     Returns:
         (B, S/patch * S/patch, classes) float32; patches row by row.
     """
-    batch, side = len(masks), masks.shape[1] // patch
-    cells = masks.view(batch, side, patch, side, patch).transpose(2, 3).reshape(-1, patch**2).long()
-    cells = cells.masked_fill(cells == IGNORE, classes)  # one slot more, cut off below
-    slots = torch.arange(len(cells), device=cells.device)[:, None] * (classes + 1) + cells
-    counts = torch.bincount(slots.flatten(), minlength=len(cells) * (classes + 1))
-    counts = counts.view(batch, side**2, classes + 1)[..., :classes].float()
+    cells = F.pixel_unshuffle(masks[:, None].long(), patch).flatten(2).mT  # (B, P, patch * patch)
+    cells = cells.masked_fill(cells == IGNORE, classes)  # one class more, cut off below
+    counts = torch.zeros(*cells.shape[:2], classes + 1, device=cells.device)
+    counts.scatter_add_(2, cells, torch.ones_like(cells, dtype=counts.dtype))
+    counts = counts[..., :classes]
     return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -482,13 +513,6 @@ def search(queries: Tensor, memory: Tensor, k: int, block_bytes: int) -> tuple[T
     return torch.cat(similarities), torch.cat(indices)
 
 
-def vote(similarities: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Average the labels (Q, k, C) of neighbours with a softmax of (Q, k) similarities: (Q, C)."""
-    weights = (similarities / temperature).softmax(-1)
-    return (weights[:, None] @ labels.float()).squeeze(1)
-
-
-@torch.no_grad()
 def build_memory(
     backbone: nn.Module,
     data: Segmentation,
@@ -514,10 +538,10 @@ def build_memory(
     frequencies = torch.empty(rows, len(data.classes), dtype=dtype, device=device)
     used = index = 0
     dataset = ImagesAndMasks(data.train, data.read_mask, size, size)
-    for images, masks in batches(dataset, CHUNK, workers, device, "memory"):
-        features = F.normalize(patch_features(backbone, images, precision).flatten(2), dim=1)
-        labels = patch_labels(masks, len(data.classes), backbone.patch_size)
-        for feature, label in zip(features.mT, labels, strict=True):  # (P, D), (P, C)
+    for features, masks in patch_features(backbone, dataset, "memory", workers, precision):
+        features = F.normalize(features, dim=1).flatten(2).mT  # (B, P, D)
+        labels = patch_labels(masks, len(data.classes), backbone.patch_size)  # (B, P, C)
+        for feature, label in zip(features, labels, strict=True):
             uniform = np.random.default_rng((seed, index)).random(len(label), np.float32)
             chosen = choose_patches(label, quota, torch.from_numpy(uniform).to(device))
             memory[used : used + len(chosen)] = feature[chosen]
@@ -528,7 +552,6 @@ def build_memory(
     return memory[:used], frequencies[:used]
 
 
-@torch.no_grad()
 def in_context(
     backbone: nn.Module,
     data: Segmentation,
@@ -555,27 +578,25 @@ def in_context(
     Returns:
         A list with the confusion matrix (C, C), and the predictions (size, size) asked for.
     """
-    device, side = next(backbone.parameters()).device, size // backbone.patch_size
     bank, frequencies = build_memory(backbone, data, size, memory, seed, workers, precision)
     print(f"  memory: {len(bank)} patches", flush=True)
-    confusion = torch.zeros((len(data.classes),) * 2, dtype=torch.int64, device=device)
-    kept, index = {}, 0
-    dataset = ImagesAndMasks(data.val, data.read_mask, size, size)
-    for images, masks in batches(dataset, CHUNK, workers, device, "in-context"):
-        queries = F.normalize(patch_features(backbone, images, precision).flatten(2), dim=1)
-        queries = queries.mT.flatten(0, 1).to(bank.dtype)  # (B * P, D)
+
+    def predict(features: Tensor) -> Iterator[Tensor]:
+        queries = F.normalize(features, dim=1).movedim(1, -1)  # (B, h, w, D)
+        shape = queries.shape[:-1]
+        queries = queries.flatten(0, 2).to(bank.dtype)
         found = search(queries, bank, min(neighbours, len(bank)), block_memory * 2**20)
-        found = (part.unflatten(0, (-1, side**2)) for part in found)  # (B, P, k)
-        for mask, similarities, indices in zip(masks, *found, strict=True):
-            votes = vote(similarities, frequencies[indices], temperature)  # (P, C)
-            votes = votes.T.unflatten(1, (side, side))[None]
-            prediction = upsample(votes, size)[0].argmax(0)
-            confusion += confusion_matrix(prediction, mask, len(data.classes))
-            if index in keep:
-                kept[index] = prediction.cpu()
-            index += 1
+        for similarities, indices in zip(*(part.view(*shape, -1) for part in found), strict=True):
+            weights = (similarities / temperature).softmax(-1)  # (h, w, k)
+            votes = (weights[..., None, :] @ frequencies[indices].float()).squeeze(-2)  # (h, w, C)
+            votes = F.interpolate(votes.movedim(-1, 0)[None], size, mode="bilinear")
+            yield votes[0].argmax(0)
+
+    dataset = ImagesAndMasks(data.val, data.read_mask, size, size)
+    batches = patch_features(backbone, dataset, "in-context", workers, precision)
+    confusion, kept = evaluate(predict, batches, len(data.classes), keep)
     print(f"  mIoU {mean_iou(confusion):.2f}", flush=True)
-    return [confusion.cpu()], kept
+    return [confusion], kept
 
 
 # -------------------------------------------------------------------------------------- linear
@@ -591,7 +612,7 @@ def probe_logits(probe: nn.Module, features: Tensor) -> Tensor:
     The protocol upsamples the features and then convolves. Both steps are linear and the weights
     of an interpolation sum to 1, so the other order gives the same for a fraction of the work.
     """
-    return upsample(probe(features), PROBE_SIZE)
+    return F.interpolate(probe(features), PROBE_SIZE, mode="bilinear")
 
 
 def probe_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -630,33 +651,28 @@ def linear(
     probe = probe.to(device)
     optimizer = torch.optim.SGD(probe.parameters(), lr, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.8 * epochs))])
+
+    def predict(features: Tensor) -> Tensor:
+        return probe_logits(probe, features).argmax(1)
+
     history = []
     for epoch in range(epochs):
         label = f"epoch {epoch + 1}/{epochs}"
         order = np.random.default_rng((seed, epoch)).permutation(len(data.train)).tolist()
         dataset = ImagesAndMasks(data.train, data.read_mask, size, PROBE_SIZE, (seed, epoch))
-        for images, masks in batches(dataset, batch_size, workers, device, label, order):
-            features = patch_features(backbone, images, precision)
+        batches = patch_features(backbone, dataset, label, workers, precision, batch_size, order)
+        for features, masks in batches:
             loss = probe_loss(probe_logits(probe, features), masks)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
 
-        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        kept, index = {}, 0
         dataset = ImagesAndMasks(data.val, data.read_mask, size, PROBE_SIZE)
-        for images, masks in batches(dataset, CHUNK, workers, device, f"{label}, validation"):
-            with torch.no_grad():
-                logits = probe_logits(probe, patch_features(backbone, images, precision))
-            predictions = logits.argmax(1)
-            confusion += confusion_matrix(predictions, masks, classes)
-            kept |= {
-                index + n: predictions[n].cpu() for n in range(len(images)) if index + n in keep
-            }
-            index += len(images)
+        batches = patch_features(backbone, dataset, f"{label}, validation", workers, precision)
+        confusion, kept = evaluate(predict, batches, classes, keep)
         print(f"  {label}: mIoU {mean_iou(confusion):.2f}", flush=True)
-        history.append(confusion.cpu())
+        history.append(confusion)
     return history, kept
 
 
@@ -955,14 +971,12 @@ def run(args: argparse.Namespace) -> None:
             history, predictions[name] = METHODS[method](
                 backbone, sources[method], **options[method], **common
             )
-            if not history[-1].any():
-                raise InputError("the masks of the validation images hold no labelled pixel")
             results[method][name] = summary(history, data.classes)
         if shown:
             pairs = [data.val[n] for n in shown]
             dataset = ImagesAndMasks(pairs, data.read_mask, options[methods[0]]["size"], PROBE_SIZE)
-            images = torch.stack([image for image, _ in dataset]).to(args.device)
-            maps[name] = patch_features(backbone, images, args.precision).cpu()
+            batches = patch_features(backbone, dataset, "picture", precision=args.precision)
+            maps[name] = torch.cat([features.cpu() for features, _ in batches])
         backbone.cpu()
 
     for method in methods:
