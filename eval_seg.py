@@ -709,33 +709,33 @@ def feature_colours(features: Tensor) -> np.ndarray:
 
 
 def draw_sheet(
-    titles: list[str], rows: list[list[Image.Image]], legend: list[tuple[str, tuple]]
+    columns: dict[str, list[Image.Image]], legend: list[tuple[str, tuple]]
 ) -> Image.Image:
-    """Lay out rows of images with column titles above and a legend of (name, colour) below.
+    """Lay out columns of images under their titles, with a legend of (name, colour) below.
 
     Each row takes the aspect ratio of its first image; the others are stretched to it.
     """
     width, gap, line = 280, 8, 24
     font = ImageFont.load_default(size=15)
-    heights = [min(2 * width, max(60, width * row[0].height // row[0].width)) for row in rows]
-    total = gap + len(titles) * (width + gap)
+    first = next(iter(columns.values()))
+    heights = [min(2 * width, max(60, width * image.height // image.width)) for image in first]
+    total = gap + len(columns) * (width + gap)
     entry = max(font.getlength(name) for name, _ in legend) + 44
-    columns = max(1, int((total - gap) // entry))
-    bottom = line + gap + sum(heights) + gap * len(rows)
-    sheet = Image.new("RGB", (total, bottom + -(-len(legend) // columns) * line + gap), "white")
+    per_line = max(1, int((total - gap) // entry))
+    bottom = line + gap + sum(heights) + gap * len(heights)
+    sheet = Image.new("RGB", (total, bottom + -(-len(legend) // per_line) * line + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
+    for left, (title, images) in zip(range(gap, total, width + gap), columns.items()):
         while font.getlength(title) > width:
             title = "..." + title[4:]
-        draw.text((gap + column * (width + gap), gap), title, "black", font)
-    top = line + gap
-    for row, height in zip(rows, heights, strict=True):
-        for column, cell in enumerate(row):
-            kind = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
-            sheet.paste(cell.resize((width, height), kind), (gap + column * (width + gap), top))
-        top += height + gap
+        draw.text((left, gap), title, "black", font)
+        kind = Image.Resampling.BICUBIC if images is first else Image.Resampling.NEAREST
+        top = line + gap
+        for image, height in zip(images, heights, strict=True):
+            sheet.paste(image.resize((width, height), kind), (left, top))
+            top += height + gap
     for n, (name, colour) in enumerate(legend):
-        x, y = gap + n % columns * entry, bottom + n // columns * line
+        x, y = gap + n % per_line * entry, bottom + n // per_line * line
         draw.rectangle((x, y + 2, x + 16, y + 18), colour, "black")
         draw.text((x + 22, y), name, "black", font)
     return sheet
@@ -754,23 +754,20 @@ def make_picture(
         predictions: per weights and image number, the predicted classes at any resolution.
         features: per weights, the feature maps (len(indices), D, h, w).
     """
-    colours = class_colours(len(data.classes))
-    maps = {name: feature_colours(feature) for name, feature in features.items()}
-    titles = ["image", "truth"]
-    titles += [f"{name}: {kind}" for name in maps for kind in ("prediction", "features")]
-    rows, seen = [], set()
-    for row, index in enumerate(indices):
-        path, mask_path = data.val[index]
-        masks = [data.read_mask(mask_path), *(predictions[name][index].numpy() for name in maps)]
+    colours, seen = class_colours(len(data.classes)), set()
+
+    def draw(masks: list[np.ndarray]) -> list[Image.Image]:
         seen.update(*(np.unique(mask).tolist() for mask in masks))
-        truth, *predicted = (Image.fromarray(colours[mask]) for mask in masks)
-        cells = [read_image(path), truth]
-        for prediction, name in zip(predicted, maps, strict=True):
-            cells += [prediction, Image.fromarray(maps[name][row])]
-        rows.append(cells)
+        return [Image.fromarray(colours[mask]) for mask in masks]
+
+    pairs = [data.val[n] for n in indices]
+    columns = {"image": [read_image(path) for path, _ in pairs]}
+    columns["truth"] = draw([data.read_mask(mask_path) for _, mask_path in pairs])
+    for name, maps in features.items():
+        columns[f"{name}: prediction"] = draw([predictions[name][n].numpy() for n in indices])
+        columns[f"{name}: features"] = [Image.fromarray(part) for part in feature_colours(maps)]
     names = {n: name for n, name in enumerate(data.classes)} | {IGNORE: "no label"}
-    legend = [(names[n], tuple(colours[n].tolist())) for n in sorted(seen)]
-    return draw_sheet(titles, rows, legend)
+    return draw_sheet(columns, [(names[n], tuple(colours[n].tolist())) for n in sorted(seen)])
 
 
 # -------------------------------------------------------------------------------- command line
