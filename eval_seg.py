@@ -15,11 +15,11 @@ with. Figures are printed and written to results.json under `--out`.
 
 import argparse
 import colorsys
-import io
 import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -72,6 +72,7 @@ def read_image(path: Path) -> Image.Image:
     image = open_image(path)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    # By way of RGBA, as Pillow warns of what a palette with transparency loses.
     return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
 
 
@@ -298,10 +299,8 @@ class ImagesAndMasks(Dataset):
         path, mask_path = self.pairs[index]
         image, mask = read_image(path), Image.fromarray(self.read_mask(mask_path))
         if image.size != mask.size:
-            raise InputError(
-                f"{path} is {image.width} x {image.height} pixels, "
-                f"its mask {mask_path} {mask.width} x {mask.height}"
-            )
+            sizes = [f"{part.width} x {part.height} pixels" for part in (image, mask)]
+            raise InputError(f"{path} is {sizes[0]}, its mask {mask_path} {sizes[1]}")
         box, flip = (0, 0, *image.size), False
         if self.crop is not None:
             with torch.random.fork_rng(devices=[]):
@@ -774,9 +773,12 @@ def make_picture(
 # All that can be checked is checked before the first hour is spent. Bad input ends in one sentence
 # and exit status 2.
 
-METHODS = {"in-context": in_context, "linear": linear}
+METHODS = {  # function, default size, and the flags that it takes
+    "in-context": (in_context, 518, ("neighbours", "temperature", "memory", "block_memory")),
+    "linear": (linear, 448, ("epochs", "lr", "batch_size")),
+}
 NUMBERS = (  # flag, default, lowest, highest, help
-    ("size", None, 1, 8192, "side of the input in pixels (default: 518 in-context, 448 linear)"),
+    ("size", None, 1, 8192, "input side (default: 518 in-context, 448 linear, rounded down)"),
     ("neighbours", 30, 1, 10**4, "in-context: how many vote on a patch"),
     ("temperature", 0.02, 1e-6, 1e6, "in-context: their weights are softmax(similarity / this)"),
     ("memory", 10_240_000, 1, 10**10, "in-context: patches in the memory, at most"),
@@ -859,24 +861,15 @@ def input_size(asked: int | None, default: int, patch: int) -> int:
     return asked or default // patch * patch
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment the old or the new one is there, whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def summary(history: list[Tensor], classes: list[str]) -> dict:
     """Figures of the last confusion matrix, and the mIoU of each, for results.json."""
-    iou = class_iou(history[-1]).tolist()
+    iou = (100 * class_iou(history[-1])).tolist()
+    iou = [None if math.isnan(value) else value for value in iou]
     return {
         "miou": mean_iou(history[-1]),
         "miou_per_epoch": [mean_iou(confusion) for confusion in history],
-        "classes_counted": sum(not math.isnan(value) for value in iou),
-        "iou": {
-            name: None if math.isnan(value) else 100 * value
-            for name, value in zip(classes, iou, strict=True)
-        },
+        "classes_counted": len(iou) - iou.count(None),
+        "iou": dict(zip(classes, iou, strict=True)),
     }
 
 
@@ -906,25 +899,13 @@ def run(args: argparse.Namespace) -> None:
     backbones = load_backbones(args.backbone, args.hub, args.weights, args.seed)
     patch = next(iter(backbones.values())).patch_size
     methods = list(METHODS) if args.method == "both" else [args.method]
-    options = {
-        "in-context": {
-            "size": input_size(args.size, 518, patch),
-            "neighbours": args.neighbours,
-            "temperature": args.temperature,
-            "memory": args.memory,
-            "block_memory": args.block_memory,
-        },
-        "linear": {
-            "size": input_size(args.size, 448, patch),
-            "epochs": args.epochs,
-            "lr": args.lr,
-            "batch_size": args.batch_size,
-        },
-    }
-    options = {method: options[method] for method in methods}
+    options = {}
+    for method in methods:
+        _, size, flags = METHODS[method]
+        options[method] = {"size": input_size(args.size, size, patch)}
+        options[method] |= {flag: getattr(args, flag) for flag in flags}
     args.out.mkdir(parents=True, exist_ok=True)
-    write_file(args.out / "writable", b"")  # fail now rather than after hours
-    (args.out / "writable").unlink()
+    tempfile.TemporaryFile(dir=args.out).close()  # fail now rather than after hours
     data = DATASETS[args.dataset](args.data)
     if args.memory < len(data.train):
         raise InputError(f"--memory {args.memory} is less than a patch for each training image")
@@ -947,26 +928,18 @@ def run(args: argparse.Namespace) -> None:
             value = ", ".join(f"{name} {number}" for name, number in value.items())
         print(f"{key:12}{value}")
 
-    if args.size is None and 518 % patch + 448 % patch:
-        print(f"default sizes (518, 448) are rounded down to multiples of the patch size, {patch}")
-
-    shown = (
-        np.linspace(0, len(data.val) - 1, min(args.pictures, len(data.val))).astype(int).tolist()
-    )
-    common = {
-        "seed": args.seed,
-        "workers": args.workers,
-        "precision": args.precision,
-        "keep": shown,
-    }
+    pictures = min(args.pictures, len(data.val))
+    shown = np.linspace(0, len(data.val) - 1, pictures).astype(int).tolist()
+    common = {"seed": args.seed, "workers": args.workers, "precision": args.precision}
     results: dict[str, dict] = {method: {} for method in methods}
     predictions, maps = {}, {}
     for name, backbone in backbones.items():
         backbone.to(args.device)
         for method in reversed(methods):  # the picture shows in-context where both are run
             print(f"\n{method}, {name}", flush=True)
-            history, predictions[name] = METHODS[method](
-                backbone, sources[method], **options[method], **common
+            protocol, *_ = METHODS[method]
+            history, predictions[name] = protocol(
+                backbone, sources[method], **options[method], **common, keep=shown
             )
             results[method][name] = summary(history, data.classes)
         if shown:
@@ -979,12 +952,10 @@ def run(args: argparse.Namespace) -> None:
     for method in methods:
         print("\n" + format_table(method, results[method]))
     content = {"settings": settings, "weights": dict(zip(backbones, args.weights, strict=True))}
-    write_file(args.out / "results.json", json.dumps(content | results, indent=1).encode())
+    (args.out / "results.json").write_text(json.dumps(content | results, indent=1))
     print(f"\nwritten: {args.out / 'results.json'}")
     if shown:
-        png = io.BytesIO()
-        make_picture(data, shown, predictions, maps).save(png, "PNG")
-        write_file(args.out / "picture.png", png.getvalue())
+        make_picture(data, shown, predictions, maps).save(args.out / "picture.png")
         print(f"written: {args.out / 'picture.png'}")
 
 
@@ -992,13 +963,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after a sentence about bad input."""
     try:
         run(parse_arguments(argv))
-    except InputError as error:
+    except (InputError, OSError) as error:
         # A worker of the DataLoader wraps its traceback around the sentence, which comes last.
         sentence = str(error).split("InputError: ")[-1].strip()
         print(f"eval_seg.py: error: {sentence}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"eval_seg.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\neval_seg.py: interrupted, nothing is written", file=sys.stderr)
