@@ -21,6 +21,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -967,6 +968,7 @@ def main(argv: list[str] | None = None) -> int:
         # A worker of the DataLoader wraps its traceback around the sentence, which comes last.
         sentence = str(error).split("InputError: ")[-1].strip()
         print(f"eval_seg.py: error: {sentence}", file=sys.stderr)
+        traceback.clear_frames(error.__traceback__)  # they hold the loader: its workers end now
         return 2
     except KeyboardInterrupt:
         print("\neval_seg.py: interrupted, nothing is written", file=sys.stderr)
