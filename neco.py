@@ -1405,6 +1405,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--device {args.device}: there is no CUDA device here, give cpu")
     args.precision = args.precision or ("fp32" if args.device == "cpu" else "bf16")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if args.demo and ranks > 1:
+        raise InputError("--demo runs in one process: start it without torchrun")
     if args.batch_size % (ranks * args.accumulate):
         raise InputError(
             f"--batch-size {args.batch_size} is no multiple of --accumulate {args.accumulate}"

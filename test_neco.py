@@ -1664,6 +1664,11 @@ def test_unknown_and_missing_flags_are_refused(refused, images, tmp_path):
     assert "--colour" in refused("--data", images, "--out", tmp_path / "out", *RUN, "--colour", 3)
 
 
+def test_a_demo_of_several_processes_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in refused("--demo", "--out", tmp_path / "out")
+
+
 def test_folders_without_images_are_refused(refused, images, tmp_path):
     (tmp_path / "data" / "deep").mkdir(parents=True)
     data = tmp_path / "data"
