@@ -1458,9 +1458,9 @@ DEMO = {  # small enough for two minutes on two cores
     "grid": 3,
     "queue": 2048,
     "hidden": 128,
-    "lr": 1e-3,
+    "lr": 5e-4,
     "weight_decay": [0.04, 0.04],
-    "momentum": 0.995,
+    "momentum": 0.99,
     "steepness": 1000.0,
     "teacher_steepness": 4000.0,
     "workers": 0,
@@ -1509,7 +1509,7 @@ def write_demo_images(root: Path, size: int = 112) -> None:
             mask.save(root / split / "masks" / f"{i:03}.png")
 
 
-def warm_up(backbone: Backbone, root: str, files: np.ndarray, seed: int, steps: int = 150) -> None:
+def warm_up(backbone: Backbone, root: str, files: np.ndarray, seed: int, steps: int = 100) -> None:
     """Train random weights a little, image by image, so that NeCo has something to refine.
 
     Not part of NeCo, which starts from a pretrained backbone: this stands in for the pretraining
