@@ -752,25 +752,17 @@ def reference_order(pairs: int, size: int, batch: int, count: int, seed: int) ->
     return torch.stack([torch.randperm(size, generator=generator)[places] for _ in range(pairs)])
 
 
-class ReferenceQueue:
-    """First-in-first-out store of teacher patches, one queue for each global crop.
+def push(queue: Tensor, patches: Tensor, length: int) -> Tensor:
+    """Append patches (2, K, D) to a first-in-first-out queue for each global crop.
 
-    patches (2, length, D); `filled` says how many of them hold something, `oldest` which one the
-    next patch replaces once all do.
+    Args:
+        queue: (2, N, D), the oldest first. It starts with N = 0: what it holds was stored.
+        length: of the queue at most.
+
+    Returns:
+        The last `length` of both, (2, min(N + K, length), D).
     """
-
-    def __init__(self, length: int, dim: int, device: torch.device):
-        self.patches = torch.zeros(2, length, dim, device=device)
-        self.filled = self.oldest = 0
-
-    def push(self, patches: Tensor) -> None:
-        """Store new patches (2, K, D); of more than fit, the last."""
-        patches = patches[:, -self.patches.shape[1] :]
-        length = self.patches.shape[1]
-        places = (self.oldest + torch.arange(patches.shape[1], device=patches.device)) % length
-        self.patches[:, places] = patches
-        self.oldest = (self.oldest + patches.shape[1]) % length
-        self.filled = min(self.filled + patches.shape[1], length)
+    return torch.cat([queue, patches], dim=1)[:, -length:].contiguous()
 
 
 # ------------------------------------------------------------------------------------ training
@@ -954,7 +946,7 @@ class Trainer:
         self.noise_rows = add_drop_path(self.student.backbone)
         groups = parameter_groups(self.student, args.lr, args.head_lr)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.queue = ReferenceQueue(args.queue, 256, device)
+        self.queue = torch.empty(2, 0, 256, device=device)
         self.pairs = [(g, v) for g in range(2) for v in range(2 + args.local_crops) if v != g]
         self.host_loss = torch.zeros((), pin_memory=device.type == "cuda")
         if args.compile:
@@ -973,7 +965,7 @@ class Trainer:
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "queue": vars(self.queue),
+            "queue": self.queue,
         }
 
     def load_state(self, state: dict) -> None:
@@ -982,8 +974,7 @@ class Trainer:
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
-        vars(self.queue).update(state["queue"])
-        self.queue.patches = self.queue.patches.to(self.device)
+        self.queue = state["queue"].to(self.device)
 
     def mean(self, values: Tensor) -> list[float]:
         """Mean of some values over all ranks; waits for the device."""
@@ -1030,8 +1021,8 @@ class Trainer:
         patches = (args.global_size // self.student.backbone.patch_size) ** 2
         noise = torch.rand(self.noise_rows, args.batch_size, crops, generator=generator)[:, mine]
         scores = torch.rand(2, args.batch_size, patches, generator=generator)
-        enough = self.queue.filled + PATCHES_PER_IMAGE * args.batch_size >= references
-        count = min(PATCHES_PER_IMAGE if enough else references, patches)
+        stored = self.queue.shape[1] + PATCHES_PER_IMAGE * args.batch_size  # before it is cut
+        count = min(PATCHES_PER_IMAGE if stored >= references else references, patches)
         places = self.to_device(scores.topk(count).indices[:, mine])
 
         # Accumulation: a batch in parts, each with its crops, their noise, and the boxes.
@@ -1055,9 +1046,10 @@ class Trainer:
             flat = torch.stack(maps).flatten(3).transpose(2, 3)  # (2, b, h * w, D)
             samples.append(flat.gather(2, at[..., None].expand(-1, -1, -1, flat.shape[3])))
         samples = self.gather(torch.cat(samples, dim=1))  # (2, B, count, D)
-        self.queue.push(samples[:, :, :PATCHES_PER_IMAGE].flatten(1, 2))
-        enough = self.queue.filled >= references  # if not, draw from the current batch
-        pool = self.queue.patches[:, : self.queue.filled] if enough else samples.flatten(1, 2)
+        new = samples[:, :, :PATCHES_PER_IMAGE].flatten(1, 2)
+        self.queue = push(self.queue, new, args.queue)
+        # while the queue holds too little, the current batch is drawn from
+        pool = self.queue if self.queue.shape[1] >= references else samples.flatten(1, 2)
         order = reference_order(len(self.pairs), pool.shape[1], args.batch_size, references, seed)
         order = self.to_device(order[:, mine])
         drawn = torch.stack([pool[g, order[k]] for k, (g, _) in enumerate(self.pairs)])

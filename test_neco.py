@@ -674,16 +674,16 @@ def test_no_image_repeats_a_reference_when_there_are_few(size, count):
 
 def test_queue_is_first_in_first_out():
     length = 10
-    queue = neco.ReferenceQueue(length, 3, torch.device("cpu"))
+    queue = torch.empty(2, 0, 3)
     expected, counter = deque(maxlen=length), 1
     for count in [2, 1, 3, 7, 1, 10, 3, 25, 4, 13] * 2:
         numbers = torch.arange(counter, counter + count).float()
         counter += count
-        queue.push(torch.stack([numbers, -numbers])[..., None].expand(2, count, 3))
+        patches = torch.stack([numbers, -numbers])[..., None].expand(2, count, 3)
+        queue = neco.push(queue, patches, length)
         expected.extend(numbers.tolist())
-        assert queue.filled == len(expected)
-        for patches, sign in zip(queue.patches[:, : queue.filled], (1, -1)):
-            assert sorted((sign * patches[:, 0]).tolist()) == list(expected)
+        for patches, sign in zip(queue, (1, -1)):
+            assert (sign * patches[:, 0]).tolist() == list(expected)
             assert (patches == patches[:, :1]).all()
 
 
@@ -1193,25 +1193,24 @@ def test_references_come_from_the_patches_of_former_steps(command, images, tmp_p
     for length, filled in ((40, 40), (500, 80)):
         assert command(*run, length, "--out", tmp_path / str(length))[0] == 0
         queue = torch.load(tmp_path / str(length) / "checkpoint.pth", weights_only=True)["queue"]
-        assert queue["filled"] == filled
-        norms = queue["patches"].norm(dim=-1)  # (2, length)
-        torch.testing.assert_close(norms[:, :filled], torch.ones(2, filled))
-        assert norms[:, filled:].abs().sum() == 0
+        assert queue.untyped_storage().nbytes() == queue.nbytes  # nothing else is in the file
+        torch.testing.assert_close(queue.norm(dim=-1), torch.ones(2, filled))
     first, second = zip(*(read_log(tmp_path / name)[:2] for name in ("40", "500")))
     assert first[0]["floor"] == first[1]["floor"]
     assert abs(second[0]["floor"] - second[1]["floor"]) > 1e-3
 
 
 def test_training_teaches_the_teachers_ranking(command, images, tmp_path):
-    options = shlex.split("--steps 80 --hidden 256 --batch-size 8 --lr 1e-3 --head-lr 1e-3")
-    options += ["--momentum", 1, "--local-crops", 0]
+    # With seeds 0 to 4, agreement rises from 0.10 at most to 0.25 at least.
+    options = shlex.split("--steps 80 --hidden 256 --batch-size 8 --lr 3e-4 --head-lr 3e-3")
+    options += ["--momentum", 1, "--local-crops", 0, "--grid", 5, "--queue", 400]
     status, _, _ = command("--data", images, "--out", tmp_path, *RUN, *options)
     rows = read_log(tmp_path)
     excess = [row["loss"] - row["floor"] for row in rows]
     agreement = [row["agreement"] for row in rows]
     assert status == 0
-    assert np.mean(excess[-20:]) < 0.8 * np.mean(excess[:20])
-    assert np.mean(agreement[-20:]) > np.mean(agreement[:20]) + 0.1
+    assert np.mean(excess[-20:]) < 0.8 * np.mean(excess[:5])
+    assert np.mean(agreement[-20:]) > max(0.2, np.mean(agreement[:5]) + 0.1)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

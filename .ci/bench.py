@@ -339,7 +339,8 @@ def paper_step(trainer: neco.Trainer, optimizer, sorter, views: list, boxes) -> 
     grid, size, student = trainer.args.grid, len(boxes), trainer.student
     with torch.no_grad():
         targets = trainer.teacher([torch.cat(views[:2])])[0].chunk(2)
-        trainer.queue.push(torch.stack(targets).flatten(3).mT[:, :, :10].flatten(1, 2))
+        new = torch.stack(targets).flatten(3).mT[:, :, :10].flatten(1, 2)
+        trainer.queue = neco.push(trainer.queue, new, trainer.args.queue)
     noise = torch.rand(trainer.noise_rows, 6 * size, device=DEVICE).split([2 * size, 4 * size], 1)
     maps = student([torch.cat(views[:2]), torch.cat(views[2:])], noise)
     maps = [m for same_size in maps for m in same_size.split(size)]
@@ -348,8 +349,8 @@ def paper_step(trainer: neco.Trainer, optimizer, sorter, views: list, boxes) -> 
         shared = neco.intersect(boxes[:, g], boxes[:, v])
         cells = neco.align(maps[v], boxes[:, v], shared, grid)
         target = neco.align(targets[g], boxes[:, g], shared, grid)
-        scores = torch.rand(size, trainer.args.queue, device=DEVICE)
-        drawn = trainer.queue.patches[g][scores.topk(grid**2).indices]
+        scores = torch.rand(size, trainer.queue.shape[1], device=DEVICE)
+        drawn = trainer.queue[g][scores.topk(grid**2).indices]
         losses.append(diffsort_loss(sorter, cells, target, drawn))
     optimizer.zero_grad()
     (sum(losses) / len(losses)).backward()
@@ -372,7 +373,7 @@ def step_call(way: str, flags: list[str], batch: int):
         return lambda: trainer.train_step(crops, False)
     groups = neco.parameter_groups(trainer.student, args.lr, args.head_lr)
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
-    trainer.queue.patches.normal_()
+    trainer.queue = torch.randn(2, args.queue, 256, device=DEVICE)
     sorter = DiffSortNet("bitonic", args.grid**2, str(DEVICE), steepness=100)
     views = [*crops["global_crops"].unbind(1), *crops["local_crops"].unbind(1)]
     colours = crops["colours"].unbind(1)  # changed by the public loader: no part of the step
