@@ -288,9 +288,11 @@ def network_steps(n: int, kind: str, device: torch.device) -> tuple:
     """Turn a network into moves of whole rows: before each layer, bring its wires into the order
     [all lo, all hi, the others], so that its comparators work on two contiguous slices.
 
-    Returns the steps (order, inverse order, pairs, columns before, columns), then the order that
-    brings the wires home and its inverse. A wire of a bitonic network holds only items of its own
-    block, so its row needs no more columns than that: 1 at first, twice as many at each merge.
+    A wire of a bitonic network holds only items of its own block, so its row needs no more columns
+    than the block has wires: 1 at first, twice as many after each merge, n at most.
+
+    Returns the steps (order, its inverse, number of comparators, old columns, new columns), then
+    the order that brings the wires home and its inverse.
     """
     network = sorting_network(n, kind)
     if kind == "bitonic":
@@ -298,13 +300,13 @@ def network_steps(n: int, kind: str, device: torch.device) -> tuple:
         widths = [min(2**stage, n) for stage in range(1, stages + 1) for _ in range(stage)]
     else:
         widths = [n] * len(network)
-    steps, wires, before = [], list(range(n)), 1 if kind == "bitonic" else n
+    steps, wires, old = [], list(range(n)), 1 if kind == "bitonic" else n
     for pairs, width in zip(network, widths):
         paired = [lo for lo, _ in pairs] + [hi for _, hi in pairs]
         target = paired + sorted(set(range(n)) - set(paired))
         order = torch.tensor([wires.index(wire) for wire in target], device=device)
-        steps.append((order, order.argsort(), len(pairs), before, width))
-        wires, before = target, width
+        steps.append((order, order.argsort(), len(pairs), old, width))
+        wires, old = target, width
     home = torch.tensor([wires.index(wire) for wire in range(n)], device=device)
     return steps, home, home.argsort()
 
@@ -320,21 +322,21 @@ class SoftSort(torch.autograd.Function):
         width = 1 if kind == "bitonic" else n
         items = torch.ones(n, 1, device=x.device) if width == 1 else torch.eye(n, device=x.device)
         state = torch.cat([x.T[:, None], items.to(x.dtype)[:, :, None].expand(-1, -1, rows)], dim=1)
-        saved = []
-        for order, _, pairs, before, width in steps:
-            state = state.index_select(0, order)  # (n, 1 + before, rows)
-            if width > before:  # two blocks merge: lo wires come from the first, all others from
-                first = width - before  # the second; virtual wires of the first have no columns
-                merged = state.new_zeros(n, 1 + width, rows)
+        saved, one = [], x.new_ones(())
+        for order, _, pairs, old, new in steps:
+            state = state.index_select(0, order)  # (n, 1 + old, rows)
+            if new > old:  # two blocks merge: the lo wires are the left one, all others the right;
+                left = new - old  # in the last merge, an n that is no power of two has left < old
+                merged = state.new_zeros(n, 1 + new, rows)
                 merged[:, 0] = state[:, 0]
-                merged[:pairs, 1 : 1 + first] = state[:pairs, 1 + before - first :]
-                merged[pairs:, 1 + first :] = state[pairs:, 1:]
+                merged[:pairs, 1 : 1 + left] = state[:pairs, 1 + old - left :]
+                merged[pairs:, 1 + left :] = state[pairs:, 1:]
                 state = merged
             lo, hi = state[:pairs], state[pairs : 2 * pairs]
             difference = lo - hi
-            slope = steepness * difference[:, :1]
-            # swap = 1 - alpha = 1/2 + atan(slope) / pi, but exact to rounding where it is small
-            swap = torch.atan2(torch.ones_like(slope), -slope) / math.pi
+            # the share that each wire takes of the other, 1 - alpha = 1/2 + atan(s (lo - hi)) / pi,
+            # in a form that keeps its digits where it is small
+            swap = torch.atan2(one, -steepness * difference[:, :1]) / math.pi
             lo.addcmul_(swap, difference, value=-1)
             hi.addcmul_(swap, difference)
             saved += [swap, difference]
@@ -350,22 +352,22 @@ class SoftSort(torch.autograd.Function):
         grad = grad.index_select(0, ctx.home_inverse)
         swaps, differences = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
         for step, swap, difference in zip(ctx.steps[::-1], swaps[::-1], differences[::-1]):
-            _, inverse, pairs, before, width = step
+            _, inverse, pairs, old, new = step
             lo, hi = grad[:pairs], grad[pairs : 2 * pairs]
             mixed = lo - hi
             slope = ctx.steepness * difference[:, 0]
-            density = ctx.steepness / (math.pi * (1 + slope * slope))  # of the Cauchy distribution
+            density = ctx.steepness / math.pi / (1 + slope * slope)  # of the Cauchy distribution
             through_swap = density * (mixed * difference).sum(1)
             lo.addcmul_(swap, mixed, value=-1)
             hi.addcmul_(swap, mixed)
             lo[:, 0] -= through_swap
             hi[:, 0] += through_swap
-            if width > before:
-                first = width - before
-                parted = grad.new_zeros(len(inverse), 1 + before, grad.shape[2])
+            if new > old:
+                left = new - old
+                parted = grad.new_zeros(len(inverse), 1 + old, grad.shape[2])
                 parted[:, 0] = grad[:, 0]
-                parted[:pairs, 1 + before - first :] = grad[:pairs, 1 : 1 + first]
-                parted[pairs:, 1:] = grad[pairs:, 1 + first :]
+                parted[:pairs, 1 + old - left :] = grad[:pairs, 1 : 1 + left]
+                parted[pairs:, 1:] = grad[pairs:, 1 + left :]
                 grad = parted
             grad = grad.index_select(0, inverse)
         return grad[:, 0].T, None, None
@@ -413,7 +415,7 @@ class RankingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, steepness: float, teacher_steepness: float, kind: str):
         # rows a block: enough to keep a GPU busy, few enough for a core's cache
-        block = max(16, (40_000_000 if student.is_cuda else 300_000) // student.shape[1] ** 2)
+        block = max(16, (40_000_000 if student.is_cuda else 600_000) // student.shape[1] ** 2)
         tiny = torch.finfo(student.dtype).tiny
         total = student.new_zeros(())
         ctx.gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
