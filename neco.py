@@ -154,7 +154,8 @@ def load_backbone(
     Raises:
         InputError: the name is unknown, the hub out of reach, or the weights do not fit.
     """
-    model = TinyViT() if name == "tiny" else load_hub_model(name, hub, weights is None)
+    tiny = name == "tiny" and hub is None
+    model = TinyViT() if tiny else load_hub_model(name, hub, weights is None)
     if weights is not None:
         load_weights(model, weights)
     try:
@@ -785,12 +786,15 @@ def find_images(root: str) -> np.ndarray:
     One array of bytes takes a tenth of a list of strings, and worker processes share it.
     """
     start = len(os.path.join(root, ""))
-    found = [
-        os.fsencode(os.path.join(folder, name)[start:])
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMAGE_TYPES)
-    ]
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:  # a link to a folder that was read before, or to one above
+            folders.clear()
+            continue
+        seen.add(place)
+        paths = (os.path.join(folder, name) for name in names)
+        found += [os.fsencode(p[start:]) for p in paths if p.lower().endswith(IMAGE_TYPES)]
     return np.array(sorted(found))
 
 
@@ -888,6 +892,7 @@ def add_drop_path(backbone: nn.Module, rate: float = 0.1) -> int:
     """
     backbone.noise = None
     blocks = getattr(backbone.model, "blocks", [])
+    blocks = [block for block in blocks if hasattr(block, "attn") and hasattr(block, "mlp")]
     branches = [branch for block in blocks for branch in (block.attn, block.mlp)]
 
     def drop(row: int, share: float, module: nn.Module, _, output):
@@ -1301,7 +1306,7 @@ def number(kind: type, low: float, high: float = math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
+        if not (low <= value <= high and value < math.inf):  # nor is nan
             limit = f"from {low:g}" + f" to {high:g}" * math.isfinite(high)
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
@@ -1310,7 +1315,7 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
-WHOLE, POSITIVE = number(int, 1, 10**9), number(float, 1e-9)
+WHOLE, POSITIVE, SIDE = number(int, 1, 10**9), number(float, 1e-9), number(int, 1, 10_000)
 FLAGS = [  # name, type or choices, default, help
     ("data", str, None, "folder of images, searched recursively; no labels needed"),
     ("out", str, "runs/neco", "folder for the results; a run in it is resumed"),
@@ -1321,21 +1326,11 @@ FLAGS = [  # name, type or choices, default, help
     ("steps", WHOLE, None, "number of steps, instead of epochs; the schedules span it"),
     ("batch-size", WHOLE, 64, "images a step, over all processes"),
     ("accumulate", WHOLE, 1, "work on a batch in so many parts, to save memory; same loss"),
-    (
-        "global-size",
-        number(int, 1, 10_000),
-        518,
-        "side of the 2 global crops, a multiple of the patch size",
-    ),
-    ("local-size", number(int, 1, 10_000), 98, "side of the local crops, likewise"),
-    ("local-crops", number(int, 0), 4, "local crops an image"),
-    ("grid", number(int, 2), 7, "N x N cells of a crop pair rank N x N references"),
-    (
-        "queue",
-        number(int, 1, 10**7),
-        8192,
-        "teacher patches to draw references from, at least N x N",
-    ),
+    ("global-size", SIDE, 518, "side of the 2 global crops, a multiple of the patch size"),
+    ("local-size", SIDE, 98, "side of the local crops, likewise"),
+    ("local-crops", number(int, 0, 100), 4, "local crops an image"),
+    ("grid", number(int, 2, 1000), 7, "N x N cells of a crop pair rank N x N references"),
+    ("queue", number(int, 1, 10**7), 8192, "teacher patches to draw from, at least N x N"),
     ("hidden", WHOLE, 2048, "width of the head; less for a small backbone"),
     ("lr", POSITIVE, 1e-5, "learning rate of the backbone; a far higher one collapses"),
     ("head-lr", POSITIVE, 1e-4, "learning rate of the head"),
@@ -1344,7 +1339,7 @@ FLAGS = [  # name, type or choices, default, help
     ("steepness", POSITIVE, 100.0, "of the sorting network; the higher, the harder the sort"),
     ("teacher-steepness", POSITIVE, None, "as --steepness; a higher one works against collapse"),
     ("sorting", ("bitonic", "odd_even"), "bitonic", "sorting network: bitonic or odd_even"),
-    ("workers", number(int, 0), min(16, os.cpu_count() or 1), "processes that read images"),
+    ("workers", number(int, 0, 1024), min(16, os.cpu_count() or 1), "processes that read images"),
     ("device", str, None, "cpu, cuda or cuda:N; cuda where there is one"),
     ("precision", ("bf16", "fp32"), None, "of the networks: bf16 on a GPU, fp32 on a CPU"),
     ("seed", number(int, 0, 2**63 - 1), 0, "of all that is random"),
@@ -1391,12 +1386,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--queue {args.queue} is less than the {args.grid**2} references of --grid"
         )
     args.teacher_steepness = args.teacher_steepness or args.steepness
-    cuda = torch.cuda.is_available()
-    args.device = args.device or ("cuda" if cuda else "cpu")
+    devices = torch.cuda.device_count()
+    args.device = args.device or ("cuda" if devices else "cpu")
     if re.fullmatch(r"cpu|cuda(:\d+)?", args.device) is None:
         raise InputError(f"--device {args.device} is not cpu, cuda or cuda:N")
-    if args.device != "cpu" and not cuda:
-        raise InputError(f"--device {args.device}: there is no CUDA device here, give cpu")
+    if args.device != "cpu" and (torch.device(args.device).index or 0) >= devices:
+        raise InputError(f"--device {args.device}: there are {devices} CUDA devices here, give cpu")
     args.precision = args.precision or ("fp32" if args.device == "cpu" else "bf16")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     if args.demo and ranks > 1:
@@ -1547,7 +1542,8 @@ def main(argv: list[str] | None = None) -> int:
         files = None if args.demo else check_images(args)
         torch.manual_seed(args.seed)
         backbone = load_backbone(args.backbone, args.hub, args.weights)
-        for flag, size in (("--global-size", args.global_size), ("--local-size", args.local_size)):
+        sizes = [("--global-size", args.global_size), ("--local-size", args.local_size)]
+        for flag, size in sizes if args.local_crops else sizes[:1]:
             if size % backbone.patch_size:
                 raise InputError(
                     f"{flag} {size} is no multiple of {backbone.patch_size}, the patch size of "
@@ -1564,7 +1560,8 @@ def main(argv: list[str] | None = None) -> int:
             args.data = os.path.join(args.out, "data", "train", "images")
             write_demo_images(Path(args.out, "data"))
             files = check_images(args)
-            if not Path(args.out, "checkpoint.pth").exists():
+            untrained = args.backbone == "tiny" and args.weights is None and args.hub is None
+            if untrained and not Path(args.out, "checkpoint.pth").exists():
                 print(
                     "The demo has no pretrained backbone; a short SimCLR warm-up stands in for it."
                 )

@@ -794,6 +794,8 @@ def test_a_backbone_without_blocks_drops_nothing():
     backbone = nn.Module()
     backbone.model = nn.Linear(2, 2)
     assert neco.add_drop_path(backbone) == 0
+    backbone.model.blocks = nn.ModuleList([nn.Linear(2, 2)])  # of a convolutional network
+    assert neco.add_drop_path(backbone) == 0
 
 
 # ------------------------------------------------------------------------------------ backbone
@@ -1063,6 +1065,16 @@ def test_images_are_found_sorted_at_any_depth(tmp_path):
     found = [os.fsdecode(name) for name in neco.find_images(str(tmp_path))]
     assert found == sorted(names, key=os.fsencode)
     assert len(neco.find_images(str(tmp_path / "b" / "c"))) == 2
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "image.png").write_bytes(b"")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "self").symlink_to(tmp_path / "data")
+    found = neco.find_images(str(tmp_path / "data")).tolist()
+    assert found == [b"image.png", b"linked/image.png"]
 
 
 # -------------------------------------------------------------------------------- command line
@@ -1630,6 +1642,7 @@ def refused(command, tmp_path):
         "--global-size 14",
         "--global-size 14000000000",
         "--steps 999999999999999999999999999999",
+        f"--local-crops 1{400 * '0'}",
         "--lr 0",
         "--lr -1e-5",
         "--lr nan",
@@ -1666,6 +1679,11 @@ def test_unknown_and_missing_flags_are_refused(refused, images, tmp_path):
 def test_a_demo_of_several_processes_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun" in refused("--demo", "--out", tmp_path / "out")
+
+
+def test_a_run_without_local_crops_does_not_ask_for_their_size(command, images, tmp_path):
+    run = ("--data", images, *RUN, "--local-crops", 0, "--local-size", 29, "--steps", 1)
+    assert command(*run, "--out", tmp_path)[0] == 0
 
 
 def test_folders_without_images_are_refused(refused, images, tmp_path):
