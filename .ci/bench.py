@@ -445,14 +445,14 @@ def bench_step(args: argparse.Namespace) -> None:
 
 
 def listing(folder: str) -> dict[str, float]:
-    """Seconds and MB of listing a folder, and of four loader workers that read from it."""
+    """Seconds and MB of listing a folder, and of 16 loader workers that read from it."""
     start, files = time.perf_counter(), []
     peak = peak_of(lambda: files or files.append(neco.find_images(folder)), cuda=False)
     listed = time.perf_counter() - start
     args = neco.parse_arguments(["--data", folder, "--global-size", "98", "--local-size", "42"])
     dataset = neco.CropDataset(args, files[0], len(files[0]))
-    batches = [range(start, start + 8) for start in range(0, 128, 8)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=4, collate_fn=neco.collate)
+    batches = [range(start, start + 8) for start in range(0, 512, 8)]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=16, collate_fn=neco.collate)
     batches = iter(loader)
     for _ in range(8):
         next(batches)
@@ -497,7 +497,7 @@ def bench_growth(args: argparse.Namespace) -> None:
             r = in_own_process("listing", folder=folder)
         keys = ("listed", "added", "array", "ready", "main", "workers")
         rows.append([count, *(f"{r.get(key, math.nan):.1f}" for key in keys)])
-    table("Growth with files; MB of main process and of 4 workers are their PSS", *rows)
+    table("Growth with files; MB of the main process and of 16 workers: their PSS", *rows)
 
 
 def main() -> None:
