@@ -3,16 +3,16 @@
 
 NeCo post-trains a pretrained vision transformer on unlabelled images, so that its patch features
 serve dense tasks better. Student and teacher see different crops of one image. A patch of each,
-showing the same place, is compared with the same reference patches, and the student learns to
-rank them by similarity as the teacher does. Ranking is made differentiable by a sorting network.
+showing the same place, is compared with the same reference patches, drawn at random from a queue
+of earlier teacher patches, and the student learns to rank them by similarity as the teacher does.
+Ranking is made differentiable by a sorting network.
 
     python neco.py --data coco/train2017                              # the paper's recipe
     python neco.py --data photos --steps 2000 --batch-size 16 --accumulate 4
     python neco.py --demo                                             # nothing needed, two minutes
 
 The file reads as the paper does: backbone, sorting, loss, views, training, command line. The
-functions before the training loop share no state, and can be copied out alone or with the one or
-two that they call.
+functions before the training loop share no state: each can be copied out with those it calls.
 """
 
 import argparse
@@ -443,7 +443,7 @@ def cosine_similarities(features: Tensor, references: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         dtype = torch.promote_types(features.dtype, torch.float32)
         features = F.normalize(features.to(dtype), dim=-1)
-        references = F.normalize(references.detach().to(dtype), dim=-1)
+        references = F.normalize(references.to(dtype), dim=-1)
         return features @ references.transpose(1, 2)
 
 
@@ -485,6 +485,7 @@ def neco_loss(
             f"references {tuple(references.shape)} must be (B, R, D) for features "
             f"{tuple(student.shape)}"
         )
+    references = references.detach()
     return RankingLoss.apply(
         cosine_similarities(student, references).flatten(0, 1),
         cosine_similarities(teacher.detach(), references).flatten(0, 1),
@@ -722,8 +723,8 @@ def align_pairs(
     Args:
         maps: feature maps (B, D, h, w), one for each crop, of any size.
         boxes: (B, crops, 4) in image pixels.
-        pairs: P pairs of crops (global, other).
-        side: 0 to read from the maps of the global crops, 1 from those of the others.
+        pairs: P pairs of crops (g, v), g a global one and v any other.
+        side: 0 to read from the maps of the crops g, 1 from those of the crops v.
         grid: cells a side.
 
     Returns:
@@ -739,7 +740,8 @@ def align_pairs(
 def reference_order(pairs: int, size: int, batch: int, count: int, seed: int) -> Tensor:
     """Draw for each image of a batch, and each crop pair, `count` out of `size` patches.
 
-    No image draws a patch twice, and no two images of a pair the same while there are enough.
+    No image draws a patch twice. Within a crop pair, no two images draw the same patch while there
+    are enough.
 
     Args:
         pairs: P, number of crop pairs.
@@ -866,7 +868,7 @@ class Network(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, crops: list[Tensor], noise: list[Tensor] | None = None) -> list[Tensor]:
-        """Embed each batch of crops; `noise` (2 * depth, B) decides on its dropped paths."""
+        """Embed each batch of crops; its noise (2 * depth, B) is for the hooks of add_drop_path."""
         maps = []
         for i, images in enumerate(crops):
             self.backbone.noise = noise[i] if noise else None
@@ -922,10 +924,9 @@ def parameter_groups(network: Network, lr: float, head_lr: float) -> list[dict]:
     groups = []
     for module, base_lr in ((network.backbone, lr), (network.head, head_lr)):
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        free = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
-        decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith("bias"))]
-        groups.append({"params": decayed, "base_lr": base_lr, "decays": True})
-        groups.append({"params": free, "base_lr": base_lr, "decays": False})
+        for decays in (True, False):
+            part = [p for name, p in named if (p.ndim > 1 and not name.endswith("bias")) == decays]
+            groups.append({"params": part, "base_lr": base_lr, "decays": decays})
     return groups
 
 
@@ -947,6 +948,7 @@ class Trainer:
         self.args, self.device, self.step = args, device, 0
         distributed = dist.is_initialized()
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        # one backbone, but each head starts at random by itself, as in the public code
         self.teacher = Network(copy.deepcopy(backbone), args.hidden).to(device)
         self.teacher.requires_grad_(False).eval()
         self.student = Network(backbone, args.hidden).to(device)
@@ -1032,7 +1034,8 @@ class Trainer:
         count = min(PATCHES_PER_IMAGE if stored >= references else references, patches)
         places = self.to_device(scores.topk(count).indices[:, mine])
 
-        # Accumulation: a batch in parts, each with its crops, their noise, and the boxes.
+        # Accumulation: a batch in parts, each with its crops, their noise, and the boxes. Crops,
+        # colours and noise run image by image, and crop by crop within an image.
         parts = []
         for first in range(0, share, share // args.accumulate):
             rows = slice(first, first + share // args.accumulate)
@@ -1109,8 +1112,8 @@ def writing(path: Path):
         yield
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         raise SystemExit(
-            f"neco.py: cannot write {path} ({error}); the last good checkpoint is kept: make room, "
-            "then the same command goes on from it"
+            f"neco.py: cannot write {path} ({error}); what was saved before is kept: make room, "
+            "then the same command goes on from there"
         ) from error
 
 
@@ -1346,7 +1349,8 @@ FLAGS = [  # name, type or choices, default, help
     ("log-every", WHOLE, 50, "steps between lines of progress and rows of log.csv"),
     ("save-every", WHOLE, 1000, "steps between checkpoints"),
 ]
-FREE = ("data", "out", "epochs", "workers", "device", "log_every", "save_every")  # when resuming
+# A run that goes on may have other values of these.
+FREE = ("data", "out", "epochs", "workers", "device", "log_every", "save_every")
 SETTINGS = [name.replace("-", "_") for name, *_ in FLAGS if name.replace("-", "_") not in FREE]
 
 
