@@ -1451,7 +1451,7 @@ DEMO = {  # small enough for two minutes on two cores
     "grid": 3,
     "queue": 2048,
     "hidden": 128,
-    "lr": 5e-4,
+    "lr": 7e-4,
     "weight_decay": [0.04, 0.04],
     "momentum": 0.99,
     "steepness": 1000.0,
