@@ -8,6 +8,7 @@
     python .ci/bench.py                                   # all sections, small enough for a CPU
     python .ci/bench.py loss --threads 2
     python .ci/bench.py views --images coco/val2017 --neco-checkout public
+    python .ci/bench.py step --hub dinov2 --backbone dinov2_vits14_reg --batch-size 2   # on a CPU
     python .ci/bench.py step --hub dinov2 --compile       # on a GPU: ViT-S/14, 64 images a step
     python .ci/bench.py step --hub dinov2 --sizes         # memory of ViT-S, B and L
     python .ci/bench.py growth --files 1000000
