@@ -617,6 +617,19 @@ def make_views(
     }
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor so that the host need not wait: to a GPU from pinned memory."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@functools.cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Constants of R, G, B, (1, 3, 1, 1), copied to a device once: the host waits for that copy."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of images (B, 3, H, W) in 0-1 by `shift` (B, 1, 1, 1) turns, -0.5 to 0.5."""
     high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
@@ -626,7 +639,7 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     start = torch.where(high == r, 0.0, torch.where(high == g, 2.0, 4.0))
     hue = sixth / chroma.clamp_min(1e-8) + start + 6 * shift  # in sixths of the circle
     # channel = high - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6, n = 5, 3, 1
-    k = (hue + hue.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)) % 6
+    k = (hue + per_channel((5.0, 3.0, 1.0), hue.device)) % 6
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -657,10 +670,9 @@ def change_colours(images: Tensor, colours: Tensor) -> Tensor:
     """
     device = images.device
     images = images.float() / 255
-    luma = torch.tensor(GREY, device=device).view(1, 3, 1, 1)
 
     def grey(x: Tensor) -> Tensor:
-        return (x * luma).sum(1, keepdim=True)
+        return (x * per_channel(GREY, device)).sum(1, keepdim=True)
 
     jitters = [  # brightness, contrast, saturation, hue; and the values that change nothing
         (lambda x, f: (x * f).clamp(0, 1), 1.0),
@@ -678,11 +690,10 @@ def change_colours(images: Tensor, colours: Tensor) -> Tensor:
     for chosen, change, value in changes:
         rows = chosen.nonzero().squeeze(1)  # known on the CPU: a GPU need not be asked
         if len(rows):
-            value = value[rows].view(-1, 1, 1, 1).to(device, non_blocking=True)
-            rows = rows.to(device, non_blocking=True)
+            value = to_device(value[rows].view(-1, 1, 1, 1), device)
+            rows = to_device(rows, device)
             images[rows] = change(images[rows], value)
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (images - mean) / std
+    return (images - per_channel(MEAN, device)) / per_channel(STD, device)
 
 
 def intersect(a: Tensor, b: Tensor) -> Tensor:
@@ -708,8 +719,9 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
     h, w = features.shape[-2:]
     sides = crop[:, 2:] - crop[:, :2]
     corners = region.view(-1, 2, 2) - crop[:, None, :2]
-    boxes = corners / sides[:, None] * corners.new_tensor([w, h])  # in patches of the crop
-    boxes = boxes.flatten(1)
+    boxes = (corners / sides[:, None]).flatten(1)
+    boxes[:, 0::2] *= w  # now in patches of the crop
+    boxes[:, 1::2] *= h
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
     cells = roi_align(features, torch.cat([index, boxes], dim=1), grid, aligned=True)
     return cells.flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, N, D)
@@ -1007,21 +1019,16 @@ class Trainer:
         dist.all_gather(parts, patches.contiguous())
         return torch.cat(parts, dim=1)
 
-    def to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()  # only then the host need not wait
-        return tensor.to(self.device, non_blocking=True)
-
     def train_step(self, batch: dict, measure: bool) -> Tensor:
         """Advance by one optimiser step on this rank's images of a batch.
 
         Returns loss, floor and agreement (3,) of these images; the latter two only if `measure`.
         Raises FloatingPointError, before the weights are updated, if the loss is not finite.
         """
-        args = self.args
+        args, device = self.args, self.device
         share = args.batch_size // self.ranks
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, args.precision == "bf16")
+        autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
 
         # Random numbers are drawn for the whole batch, whoever works on which part of it.
         seed = seed_of(args.seed, "step", self.step)
@@ -1032,7 +1039,7 @@ class Trainer:
         scores = torch.rand(2, args.batch_size, patches, generator=generator)
         stored = self.queue.shape[1] + PATCHES_PER_IMAGE * args.batch_size  # before it is cut
         count = min(PATCHES_PER_IMAGE if stored >= references else references, patches)
-        places = self.to_device(scores.topk(count).indices[:, mine])
+        places = to_device(scores.topk(count).indices[:, mine], device)
 
         # Accumulation: a batch in parts, each with its crops, their noise, and the boxes. Crops,
         # colours and noise run image by image, and crop by crop within an image.
@@ -1042,10 +1049,10 @@ class Trainer:
             views, noises = [], []
             sizes = [("global_crops", slice(0, 2)), ("local_crops", slice(2, crops))]
             for name, which in sizes if args.local_crops else sizes[:1]:
-                images = self.to_device(batch[name][rows]).flatten(0, 1)  # (b * crops, 3, H, W)
+                images = to_device(batch[name][rows], device).flatten(0, 1)  # (b * crops, 3, H, W)
                 views.append(change_colours(images, batch["colours"][rows, which].flatten(0, 1)))
-                noises.append(self.to_device(noise[:, rows, which].flatten(1)))
-            parts.append((views, noises, self.to_device(batch["boxes"][rows])))
+                noises.append(to_device(noise[:, rows, which].flatten(1), device))
+            parts.append((views, noises, to_device(batch["boxes"][rows], device)))
 
         # Teacher: the cells to rank, and random patches of every image for the queue.
         targets, samples = [], []
@@ -1061,12 +1068,12 @@ class Trainer:
         # while the queue holds too little, the current batch is drawn from
         pool = self.queue if self.queue.shape[1] >= references else samples.flatten(1, 2)
         order = reference_order(len(self.pairs), pool.shape[1], args.batch_size, references, seed)
-        order = self.to_device(order[:, mine])
+        order = to_device(order[:, mine], device)
         drawn = torch.stack([pool[g, order[k]] for k, (g, _) in enumerate(self.pairs)])
 
         # Student: all crops, one loss over all pairs.
         self.optimizer.zero_grad()
-        measures = torch.zeros(3, device=self.device)
+        measures = torch.zeros(3, device=device)
         drawn = drawn.chunk(len(parts), dim=1)
         for (views, noises, boxes), target, reference in zip(parts, targets, drawn):
             with autocast:
@@ -1086,7 +1093,7 @@ class Trainer:
                 measures[1:] += torch.stack([floor, agreement]) / len(parts)
             # the check below waits for this copy only, while the GPU works on the backward pass
             self.host_loss.copy_(measures[0], non_blocking=True)
-            copied = torch.cuda.Event() if self.device.type == "cuda" else None
+            copied = torch.cuda.Event() if device.type == "cuda" else None
             if copied:
                 copied.record()
             loss.backward()

@@ -23,6 +23,7 @@ from collections import deque
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # for the tests that need one
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
@@ -31,6 +32,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import functional as tvf
@@ -1503,6 +1505,88 @@ def test_the_demo_writes_its_images_and_trains(command, refused, tmp_path):
         assert classes == {0, 1, 2, 3, 4}
     assert "seed" in refused(*DEMO, "--out", tmp_path, "--seed", 1)
     refused(*DEMO, "--out", tmp_path, "--data", tmp_path)
+
+
+# ------------------------------------------------------------------------------------- devices
+
+
+class Creations(TorchFunctionMode):
+    """Remembers the calls that copy numbers from Python to a device, for which a host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name == "new_tensor" or (name in ("tensor", "as_tensor") and "device" in (kwargs or {})):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_copies_to_the_device(command, images, tmp_path, monkeypatch):
+    counts, step = [], neco.Trainer.train_step
+
+    def watched(*arguments):
+        with Creations() as creations:
+            measures = step(*arguments)
+        counts.append(len(creations.names))
+        return measures
+
+    neco.per_channel.cache_clear()
+    neco.network_steps.cache_clear()
+    monkeypatch.setattr(neco.Trainer, "train_step", watched)
+    assert command("--data", images, "--out", tmp_path, *RUN)[0] == 0
+    assert counts[0] > 0 and len(counts) == 6  # constants are copied once
+    # a kind of colour change may be drawn for the first time in a later step, with its constant
+    assert sum(counts) <= counts[0] + 2 and counts[-2:] == [0, 0]
+
+
+GPU_SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, neco
+if not torch.cuda.is_available():
+    sys.exit("no GPU")
+
+def gradient(device):
+    generator = torch.Generator().manual_seed(0)
+    x, y, r = (torch.randn(2, n, 16, generator=generator).to(device) for n in (30, 30, 49))
+    x.requires_grad_()
+    loss = neco.neco_loss(x, y, r)
+    loss.backward()
+    return loss.detach().cpu(), x.grad.cpu()
+
+for ours, other in zip(gradient("cuda"), gradient("cpu")):
+    torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-5)
+
+def waits_nowhere(trainer, *arguments, step=neco.Trainer.train_step):
+    torch.cuda.set_sync_debug_mode("error" if trainer.step >= 4 else "default")
+    try:
+        return step(trainer, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+neco.Trainer.train_step = waits_nowhere
+sys.exit(neco.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_on_a_gpu_the_loss_is_that_of_a_cpu_and_no_step_waits(images, tmp_path, precision):
+    script = tmp_path / "gpu.py"
+    script.write_text(GPU_SCRIPT.format(root=str(Path(neco.__file__).parent)))
+    flags = (*RUN, "--device", "cuda", "--precision", precision, "--log-every", "100")
+    call = [sys.executable, script, "--data", images, "--out", tmp_path / "out", *flags]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ["GPUS"]}
+    done = subprocess.run(
+        [str(part) for part in call], env=environment, capture_output=True, text=True, timeout=120
+    )
+    if done.stderr.strip().endswith("no GPU"):
+        pytest.skip("needs a GPU")
+    assert done.returncode == 0, done.stderr
+    assert all(math.isfinite(row["loss"]) for row in read_log(tmp_path / "out"))
 
 
 # --------------------------------------------------------------------------------- distributed
