@@ -15,6 +15,7 @@ with. Figures are printed and written to results.json under `--out`.
 
 import argparse
 import colorsys
+import contextlib
 import json
 import math
 import os
@@ -82,6 +83,12 @@ def read_values(path: Path) -> np.ndarray:
     image = open_image(path)
     if image.mode not in ("1", "L", "P", "I", "I;16"):
         raise InputError(f"{path} is an image of mode {image.mode}, not one class number per pixel")
+    with open(path, "rb") as file:
+        header = file.read(26)
+    if header.startswith(b"\x89PNG") and header[24] in (2, 4) and header[25] == 0:
+        raise InputError(
+            f"{path} is a grey PNG of {header[24]} bits, which are scaled: save 8 bits"
+        )
     return np.asarray(image).astype(np.int32)
 
 
@@ -106,7 +113,7 @@ def read_panoptic_mask(path: Path, segments: dict[Path, dict[int, int]]) -> np.n
         raise InputError(f"{path} is an image of mode {image.mode}, not a panoptic RGB mask")
     ids = np.asarray(image) @ np.array([1, 256, 65536])
     mask = np.full(ids.shape, IGNORE, np.uint8)
-    for segment, number in segments[path].items():
+    for segment, number in segments[path.with_suffix("")].items():
         mask[ids == segment] = number
     return mask
 
@@ -127,6 +134,7 @@ def locate(root: Path, parts: dict[str, str]) -> dict[str, Path]:
         raise InputError(f"--data {root} is not a folder")
     best: dict[str, Path] = {}
     root = root.resolve()
+    whole = []
     for base in (root, root.parent, *sorted(path for path in root.iterdir() if path.is_dir())):
         found = {}
         for part in parts:
@@ -134,10 +142,21 @@ def locate(root: Path, parts: dict[str, str]) -> dict[str, Path]:
                 if path.exists():
                     found[part] = path
         best = max(best, found, key=len)
+        whole += [base] if len(found) == len(parts) else []
+    if len(whole) > 1 and whole[0] not in (root, root.parent):
+        raise InputError(f"--data {root} has several such data sets: name {whole[0]}, or another")
     for part, download in parts.items():
         if part not in best:
             raise InputError(f"--data {root}: {part} is not there; it comes with {download}")
     return best
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file; InputError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8").strip().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8") from error
 
 
 def read_json(path: Path, *keys: str) -> list:
@@ -163,7 +182,9 @@ def pair_files(images: Path, masks: Path, stems: list[str] | None = None) -> lis
         if stem not in labelled:
             raise InputError(f"{files[stem]} has no mask {masks / stem}.png")
     if not stems:
-        raise InputError(f"{images} has no image to use")
+        raise InputError(
+            f"{images} has no image to use: it, {masks} or the list of the split is empty"
+        )
     return [(files[stem], labelled[stem]) for stem in stems]
 
 
@@ -178,7 +199,7 @@ def load_voc(root: Path) -> Segmentation:
 
     def pairs(names: Path, masks: Path) -> list[tuple[Path, Path]]:
         # Some copies of trainaug.txt give the two paths of a pair instead of its name.
-        lines = [line.split() for line in names.read_text().splitlines()]
+        lines = [line.split() for line in read_lines(names)]
         return pair_files(images, masks, [Path(line[0]).stem for line in lines if line])
 
     training = augmented if all(path.exists() for path in augmented) else (train, masks)
@@ -192,7 +213,7 @@ def load_ade20k(root: Path) -> Segmentation:
     parts.append("objectInfo150.txt")
     found = locate(root, dict.fromkeys(parts, "ADEChallengeData2016.zip"))
     *folders, names = found.values()
-    rows = [line.split("\t") for line in names.read_text().strip().splitlines()[1:]]
+    rows = [line.split("\t") for line in read_lines(names)[1:]]
     if [row[0].strip() for row in rows] != [str(n) for n in range(1, 151)]:
         raise InputError(f"{names} does not name the classes 1 to 150")
     classes = [row[-1].split(",")[0].strip() for row in rows]  # the first of several synonyms
@@ -201,6 +222,17 @@ def load_ade20k(root: Path) -> Segmentation:
 
 
 COCO_IMAGES = {"train2017": "train2017.zip", "val2017": "val2017.zip"}
+
+
+@contextlib.contextmanager
+def parsing(path: Path) -> Iterator[None]:
+    """Turn what an annotation file of another kind leads to into a sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is no annotation file of COCO of this kind ({error!r})"
+        ) from error
 
 
 def load_coco_things(root: Path) -> Segmentation:
@@ -212,16 +244,19 @@ def load_coco_things(root: Path) -> Segmentation:
     for split in COCO_IMAGES:
         annotation_file, masks = found[f"panoptic_{split}.json"], found[f"panoptic_{split}"]
         categories, annotations = read_json(annotation_file, "categories", "annotations")
-        things = {c["id"]: c["supercategory"] for c in categories if c["isthing"]}
-        names = sorted(set(things.values()))
-        classes = {i: names.index(name) for i, name in things.items()}
-        for item in annotations:
-            segments[masks / item["file_name"]] = {
-                segment["id"]: classes[segment["category_id"]]
-                for segment in item["segments_info"]
-                if segment["category_id"] in classes
-            }
-        stems = [Path(item["file_name"]).stem for item in annotations]
+        with parsing(annotation_file):
+            things = {c["id"]: c["supercategory"] for c in categories if c["isthing"]}
+            names = sorted(set(things.values()))
+            classes = {i: names.index(name) for i, name in things.items()}
+            for item in annotations:
+                segments[(masks / item["file_name"]).with_suffix("")] = {
+                    segment["id"]: classes[segment["category_id"]]
+                    for segment in item["segments_info"]
+                    if segment["category_id"] in classes
+                }
+            stems = [Path(item["file_name"]).stem for item in annotations]
+        if not names:
+            raise InputError(f"{annotation_file} has no category of things")
         pairs.append(pair_files(found[split], masks, stems))
     return Segmentation(*pairs, names, partial(read_panoptic_mask, segments=segments))
 
@@ -232,7 +267,8 @@ def load_coco_stuff(root: Path) -> Segmentation:
     parts = ["stuff_val2017.json", "stuff_train2017_pixelmaps", "stuff_val2017_pixelmaps"]
     found = locate(root, COCO_IMAGES | dict.fromkeys(parts, "stuff_annotations_trainval2017.zip"))
     (categories,) = read_json(found["stuff_val2017.json"], "categories")
-    stuff = {c["id"]: c["supercategory"] for c in categories}
+    with parsing(found["stuff_val2017.json"]):
+        stuff = {c["id"]: c["supercategory"] for c in categories}
     names = sorted(set(stuff.values()) - {"other"})
     classes = {i: names.index(name) if name in names else IGNORE for i, name in stuff.items()}
     pairs = []
@@ -254,7 +290,7 @@ def load_folder(root: Path) -> Segmentation:
     pairs = [pair_files(images, masks), pair_files(*val)]
     names = images.parent.with_name("classes.txt")
     if names.exists():
-        classes = names.read_text().strip().splitlines()
+        classes = read_lines(names)
     else:
         highest = -1
         for _, mask in progress([*pairs[0], *pairs[1]], "reading masks"):
@@ -357,6 +393,8 @@ def patch_features(
     for images, masks in progress(loader, label):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             features = backbone(images.to(device, non_blocking=True))
+        if not features.isfinite().all():
+            raise InputError("the features are not finite: --weights are broken, or try fp32")
         yield features.float(), masks.to(device, non_blocking=True)
 
 
@@ -481,6 +519,7 @@ def search(queries: Tensor, memory: Tensor, k: int, block_bytes: int) -> tuple[T
     group, outer = max(8, len(memory) >> 17), 64
     rows = -(-len(memory) // (group * outer)) * outer
     block = max(1, min(512 if on_cpu else 4096, len(queries), block_bytes // 2 // (rows * width)))
+    block = min(block, max(1, block_bytes // (k * outer * 8)))  # the candidates of a block
     step = max(1, tile // (block * group)) * group
     maxima = queries.new_full((rows, block), -torch.inf)  # rows past the memory stay at -inf
     tile_out = queries.new_empty(step, block)
@@ -655,7 +694,7 @@ def linear(
     def predict(features: Tensor) -> Tensor:
         return probe_logits(probe, features).argmax(1)
 
-    history = []
+    history, labelled = [], False
     for epoch in range(epochs):
         label = f"epoch {epoch + 1}/{epochs}"
         order = np.random.default_rng((seed, epoch)).permutation(len(data.train)).tolist()
@@ -663,10 +702,17 @@ def linear(
         batches = patch_features(backbone, dataset, label, workers, precision, batch_size, order)
         for features, masks in batches:
             loss = probe_loss(probe_logits(probe, features), masks)
+            if not loss.isfinite():
+                raise InputError(
+                    f"--lr {lr}: the loss of the probe is not finite, give a lower one"
+                )
+            labelled = labelled or bool((masks != IGNORE).any())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
+        if not labelled:
+            raise InputError("the masks of the training images hold no labelled pixel")
 
         dataset = ImagesAndMasks(data.val, data.read_mask, size, PROBE_SIZE)
         batches = patch_features(backbone, dataset, f"{label}, validation", workers, precision)
@@ -835,6 +881,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise InputError(f"--{flag} {value} is not from {low:g} to {high:g}")
     try:
         args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if args.device.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {args.device} cannot be used here") from error
@@ -908,7 +956,11 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # fail now rather than after hours
     data = DATASETS[args.dataset](args.data)
-    if args.memory < len(data.train):
+    # every class has a row of its own in the tables, whatever their names
+    names = enumerate(data.classes)
+    names = [f"{name} ({n})" if name in data.classes[:n] else name for n, name in names]
+    data = data._replace(classes=names)
+    if "in-context" in methods and args.memory < len(data.train):
         raise InputError(f"--memory {args.memory} is less than a patch for each training image")
     sources = dict.fromkeys(methods, data)
     if args.dataset.startswith("coco") and "linear" in methods:  # its probe trains on a tenth

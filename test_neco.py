@@ -16,9 +16,11 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import urllib.error
+import zlib
 from collections import deque
 from pathlib import Path
 
@@ -2017,6 +2019,49 @@ def test_folder_takes_names_from_classes_txt(tmp_path):
     assert eval_seg.load_folder(tmp_path).classes == ["ground", "sky", "nowhere"]
 
 
+def test_of_two_data_sets_one_must_be_named(tmp_path):
+    for year in ("VOC2007", "VOC2012"):
+        write_voc(tmp_path / "VOCdevkit" / year)
+    for root in (tmp_path, tmp_path / "VOCdevkit"):
+        with pytest.raises(eval_seg.InputError, match="several such data sets"):
+            eval_seg.load_voc(root)
+    data = eval_seg.load_voc(tmp_path / "VOCdevkit/VOC2012")
+    assert "VOC2012" in str(data.val[0][0])
+
+
+def test_annotations_of_another_kind_are_named(tmp_path):
+    for layout, load in (
+        ("coco-things", eval_seg.load_coco_things),
+        ("coco-stuff", eval_seg.load_coco_stuff),
+    ):
+        LAYOUTS[layout][0](tmp_path / layout)
+        for file in (tmp_path / layout).rglob("*.json"):
+            content = json.loads(file.read_text())
+            content["categories"] = [{"id": 1, "name": "person"}]
+            file.write_text(json.dumps(content))
+        with pytest.raises(eval_seg.InputError, match="2017.json is no annotation file"):
+            load(tmp_path / layout)
+
+
+def test_classes_of_one_name_keep_their_rows(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("a\na\n")
+    arguments = f"--data {tmp_path} --backbone tiny --size 56 --workers 0 --out {tmp_path}/out"
+    linear = "--method linear --epochs 1 --memory 3"  # which is a flag of the other method
+    assert eval_seg.main([*arguments.split(), *linear.split()]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(results["linear"]["none"]["iou"]) == ["a", "a (1)"]
+
+
+def test_bounded_memory_is_drawn_by_the_seed(tmp_path):
+    write_folder(tmp_path)
+    data = eval_seg.load_folder(tmp_path)
+    one, same, other = (
+        eval_seg.build_memory(MeanColour(), data, 32, 30, seed=seed)[0] for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
 def test_images_of_any_mode_become_rgb(tmp_path):
     grey = np.full((2, 2), 40, np.uint8)
     palette = Image.fromarray(grey * 0)
@@ -2251,8 +2296,55 @@ def test_feature_colours_follow_the_main_directions_of_variance():
     assert (colours[:, 0, :, 1] >= 254).all() and (colours[:, 1:, :, 1] == 0).all()
 
 
+def write_grey_png(path: Path, bits: int) -> None:
+    """A black grey PNG of 56 x 56 pixels and few bits, which Pillow itself does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", 56, 56, bits, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(1 + 56 * bits // 8) * 56)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def save_broken_weights(root: Path) -> None:
+    state = neco.TinyViT().state_dict()
+    torch.save({key: value * math.nan for key, value in state.items()}, root / "nan.pth")
+
+
 # Each row: what is wrong, how the folder is broken, further arguments, and words of the sentence.
 BAD_INPUT = {
+    "grey of few bits": (
+        lambda r: write_grey_png(r / "train/masks/1.png", 4),
+        [],
+        "masks/1.png is a grey PNG of 4 bits",
+    ),
+    "class names": (
+        lambda r: (r / "classes.txt").write_bytes(b"sky\n\xff\xfe"),
+        [],
+        "classes.txt is not text",
+    ),
+    "no labels for the probe": (
+        lambda r: [
+            (r / "classes.txt").write_text("a\nb"),
+            *(save(path, np.full((56, 56), 255)) for path in (r / "train/masks").iterdir()),
+        ],
+        ["--method", "linear"],
+        "training images hold no labelled pixel",
+    ),
+    "rate too high": (
+        lambda r: None,
+        ["--method", "linear", "--lr", "1e6", "--epochs", "40"],
+        "--lr 1000000.0: the loss of the probe is not finite",
+    ),
+    "weights that are no numbers": (
+        save_broken_weights,
+        ["--weights", "{root}/nan.pth"],
+        "features are not finite",
+    ),
+    "meta device": (lambda r: None, ["--device", "meta"], "--device meta"),
     "sizes differ": (
         lambda r: save(r / "val/masks/1.png", grid(0, 1)),
         [],
