@@ -2019,6 +2019,20 @@ def test_folder_takes_names_from_classes_txt(tmp_path):
     assert eval_seg.load_folder(tmp_path).classes == ["ground", "sky", "nowhere"]
 
 
+def test_the_last_epoch_is_the_result():
+    best, last = torch.tensor([[9, 1], [0, 10]]), torch.tensor([[4, 6], [3, 7]])
+    result = eval_seg.summary([best, last], ["a", "b"])
+    assert result["miou"] == result["miou_per_epoch"][1] < result["miou_per_epoch"][0]
+    assert result["iou"] == pytest.approx({"a": 400 / 13, "b": 700 / 16})
+
+
+def test_defaults_are_those_of_the_protocols():
+    args = eval_seg.parse_arguments(["--data", "here", "--device", "cpu"])
+    assert (args.neighbours, args.temperature, args.memory) == (30, 0.02, 10_240_000)
+    assert (args.epochs, args.lr, args.batch_size, args.size) == (25, 0.01, 128, None)
+    assert [eval_seg.METHODS[name][1] for name in ("in-context", "linear")] == [518, 448]
+
+
 def test_of_two_data_sets_one_must_be_named(tmp_path):
     for year in ("VOC2007", "VOC2012"):
         write_voc(tmp_path / "VOCdevkit" / year)
