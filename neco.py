@@ -5,28 +5,28 @@ NeCo post-trains a pretrained vision transformer on unlabelled images, so that i
 serve dense tasks better. Student and teacher see different crops of one image. Two patches that
 show the same place, one of each, are compared with the same reference patches, drawn at random
 from a queue of teacher patches, and the student learns to rank these references by similarity as
-the teacher does. A differentiable sorting network turns similarities into rankings.
+the teacher does: a whole order of neighbours says more than one match, and it should not depend on
+crop and colour. A differentiable sorting network turns similarities into rankings.
 
     python neco.py --data coco/train2017                              # the paper's recipe
     python neco.py --data photos --steps 2000 --batch-size 16         # a shorter run
     torchrun --nproc-per-node 4 neco.py --data coco/train2017         # on four GPUs
 
-The file reads as the paper does. To copy a part, take `soft_sort` with `sorting_network`; with them
-`neco_loss` and `RankingLoss`; `make_views` with `random_boxes` and `change_colours`; `align` alone.
+The file reads as the paper does. To copy a part, take its imports and: `soft_sort`,
+`sorting_network`; with these `neco_loss`, `RankingLoss`; `make_views`, `random_boxes`,
+`change_colours`, `GLOBALS`; `align`.
 """
 
 import argparse
 import copy
-import datetime
 import functools
 import math
 import os
 import signal
 import sys
-import textwrap
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +65,13 @@ class TinyViT(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         patches = nn.Conv2d(3, 24, 5, 2, 2), nn.GELU(), nn.Conv2d(24, embed_dim, 7, 7)
-        self.patch_embed = nn.Sequential(*patches)  # two layers see texture sooner than one
+        self.patch_embed = nn.Sequential(*patches)  # a stem of two layers learns textures sooner
         layer = functools.partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True)
         blocks = (layer(embed_dim, heads, 4 * embed_dim, 0.0, "gelu") for _ in range(depth))
         self.blocks, self.norm = nn.Sequential(*blocks), nn.LayerNorm(embed_dim)
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
-        tokens = self.patch_embed(images).flatten(2).mT  # (B, h * w, D), without positions
+        tokens = self.patch_embed(images).flatten(2).mT  # (B, h * w, D); textures need no positions
         return [self.norm(self.blocks(tokens))]
 
 
@@ -88,8 +88,8 @@ class Backbone(nn.Module):
         tokens = self.model.get_intermediate_layers(images, 1)[0]  # in DINO with the class token
         return tokens[:, -h * w :].mT.unflatten(2, (h, w))  # (B, h * w, D) -> (B, D, h, w)
 
-    def side(self, flag: str, asked: int | None, default: int) -> int:
-        """The side of images: as asked if that is whole patches, or the default rounded down."""
+    def checked_size(self, flag: str, asked: int | None, default: int) -> int:
+        """The side of images, as asked or by default, in pixels: a multiple of the patch size."""
         size = default // self.patch_size * self.patch_size if asked is None else asked
         if size < 1 or size % self.patch_size:
             raise InputError(f"{flag} {size}: give a multiple of the patch size, {self.patch_size}")
@@ -139,8 +139,7 @@ def load_backbone(
             state = {k: state[k] for k in state if k in own or not k.startswith(heads)}
             model.load_state_dict(state)
         except Exception as error:  # torch.load raises many kinds on a file that is not its own
-            reason = textwrap.shorten(str(error), 300)
-            raise InputError(f"--weights {weights} does not fit {name}: {reason}") from error
+            raise InputError(f"--weights {weights} is not of {name}: {str(error)[:300]}") from error
     return Backbone(model).train()
 
 
@@ -158,19 +157,19 @@ def sorting_network(n: int, device: torch.device | str = "cpu") -> list[Tensor]:
     [layer, i] is the wire that wire i is compared with, or i itself where it is left alone. The
     smaller value always goes to the lower wire.
 
-    Source: Batcher, "Sorting networks and their applications", 1968. With all comparators in one
-    direction, a merge into blocks of S wires compares wire i with its mirror image in the block,
-    i XOR (S - 1), then with i XOR S/4, S/8, ..., 1. An n below the next power of two m takes the
-    wires m - n to m - 1: no comparator would move virtual smallest elements on those in front.
+    Source: Batcher, "Sorting networks and their applications", 1968. A merge into blocks of S wires
+    compares wire i with its mirror image in the block, i XOR (S - 1), as if the second half were
+    reversed, and then with i XOR S/4, S/8, ..., 1. If n is no power of two, think of smallest
+    elements in front, up to the next power: nothing would move them, so that they can be left out.
     """
-    stages = (n - 1).bit_length()
-    first = 2**stages - n
-    wires = torch.arange(first, 2**stages, device=device)
-    network = []
-    for stage in range(stages):
-        masks = [2 ** (stage + 1) - 1] + [2**k for k in reversed(range(stage))]
-        partners = torch.stack([wires ^ mask for mask in masks])
-        network.append(torch.where(partners < first, wires, partners) - first)
+    stages, network = (n - 1).bit_length(), []
+    front = 2**stages - n  # wires that are left out
+    with torch.inference_mode(False):  # what is cached must serve training too
+        wires = torch.arange(front, 2**stages, device=device)
+        for stage in range(stages):
+            masks = [2 ** (stage + 1) - 1] + [2**k for k in reversed(range(stage))]
+            partners = torch.stack([wires ^ mask for mask in masks])
+            network.append(torch.where(partners < front, wires, partners) - front)
     return network
 
 
@@ -187,23 +186,24 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
         values = permutation @ x. Both can be differentiated any number of times.
 
     Source: Petersen et al., "Monotonic differentiable sorting networks", ICLR 2022, with the
-    Cauchy distribution. For a comparator of wires lo and hi, w = 1/2 - atan(s (x_hi - x_lo)) / pi
-    is the share that each of them takes of the other: lo' = (1 - w) lo + w hi, and likewise hi'.
+    Cauchy distribution. A comparator of wires lo and hi mixes lo' = (1 - w) lo + w hi and
+    hi' = (1 - w) hi + w lo, with w = 1/2 - atan(s (x_hi - x_lo)) / pi: near 0 if they are in order.
     """
     lead, n = x.shape[:-1], x.shape[-1]
     x = x if x.dtype == torch.float64 else x.float()
     x = x.reshape(-1, n).T  # (n, rows): wires first, so that a gather copies whole rows
-    permutation, one = x.new_ones(n, 1, x.shape[1]), x.new_ones(())
+    permutation, one = x[:, None] * 0 + 1, x.new_ones(())  # (n, columns, rows)
     network, own = sorting_network(n, x.device), torch.arange(n, device=x.device)
     for stage, layers in enumerate(network):
-        # So far a wire holds items of its own block only, and has columns for no others. When two
-        # blocks merge, the columns double, and those of the other block are zero. The last stage
-        # cuts off the columns of the virtual items, which come first.
+        # Before blocks are merged, a wire's value is a mix of its own block alone. To save half the
+        # work, its row has columns for these items only: one at first, twice as many after each
+        # merge, those of the other block zero. In the last one the wires left out are cut off.
         block = (own + 2 ** len(network) - n) >> stage
-        right = (block & 1).to(x.dtype)[:, None, None]  # 1 in the right one of two blocks
+        right = (block & 1).to(x.dtype)[:, None, None]  # 1 in the second one of two blocks
         permutation = torch.cat([permutation * (1 - right), permutation * right], dim=1)[:, -n:]
         for partner in layers:
-            gap = (partner - own).sign()[:, None] * (x.index_select(0, partner) - x)  # x_hi - x_lo
+            # x_hi - x_lo, the same for both wires; 0 for one that is its own partner
+            gap = (partner - own).sign()[:, None] * (x.index_select(0, partner) - x)
             # atan2(1, z) / pi is 1/2 - atan(z) / pi, and keeps its digits where it is small
             w = torch.atan2(one, gap * steepness) / math.pi  # (n, rows)
             x = torch.lerp(x, x.index_select(0, partner), w)
@@ -218,13 +218,13 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
 class RankingLoss(torch.autograd.Function):
     """Cross-entropy of two soft permutations, from similarities (rows, R) to the references.
 
-    It is a mean over rows, so value and gradient are computed together, a block of rows at a time:
-    what autograd stores of the network, dozens of R x R matrices a row, is freed with its block.
+    Autograd stores dozens of R x R matrices for each row. As the loss is a mean, value and
+    gradient are computed together, a block of rows at a time, and these are freed at once.
     """
 
     @staticmethod
     def forward(ctx, student, teacher, steepness: float, teacher_steepness: float) -> Tensor:
-        # as many rows as keep a GPU busy, or stay in a core's cache
+        # rows: enough to keep a GPU busy, or few enough for a core's cache
         block = max(1, (2**25 if student.is_cuda else 2**19) // student.shape[1] ** 2)
         total, gradients = student.new_zeros(()), []
         for x, y in zip(student.split(block), teacher.split(block), strict=True):
@@ -262,10 +262,10 @@ def neco_loss(
         teacher_steepness: above `steepness`, it sharpens the target.
 
     Returns:
-        -(Q * log P).sum(ranks).mean(patches, items), with Q the teacher's soft permutation and P
-        the student's: a scalar, float32, or float64 for float64 features. Its floor is the entropy
-        of Q, `neco_loss(teacher, teacher, references, teacher_steepness)`, at most log R; the rest
-        is the Kullback-Leibler divergence of the two rankings.
+        -(Q * log P), summed over ranks and averaged over patches and items, with Q the teacher's
+        soft permutation [rank, item] and P the student's: a scalar, float32, or float64 for float64
+        features; differentiable once. Its floor is the entropy of Q, at most log R:
+        `neco_loss(teacher, teacher, references, teacher_steepness)`; the rest is their divergence.
 
     Raises:
         ValueError: student and teacher have different shapes.
@@ -290,7 +290,7 @@ def neco_loss(
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 GLOBALS = 2  # global crops of an image
-change_colours = v2.Compose(  # of the public recipe; like all below, random by torch's generator
+change_colours = v2.Compose(  # as in the public recipe
     [
         v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
         v2.RandomGrayscale(0.2),
@@ -383,11 +383,11 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------ training
 # All randomness is a function of seed, step and sample: on a CPU neither workers nor interruptions
-# change a bit of the result. With torchrun, a process has the slice `mine` of every batch.
+# change a bit of the result. With torchrun, every process works on a slice of each batch, `mine`.
 
 PATCHES_PER_IMAGE = 10  # that a step adds to the queue of each global crop
 SIGNALS = signal.SIGINT, signal.SIGTERM
-FREE = ("data", "out", "epochs", "workers", "device", "log_every", "save_every")  # on resuming
+MAY_CHANGE = ("data", "out", "workers", "device", "log_every", "save_every")  # when resumed
 
 
 def seed_of(*key: int | str) -> int:
@@ -403,7 +403,7 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def find_images(folder: str) -> np.ndarray:
-    """List the image files below a folder, sorted, as an array of bytes that workers can share."""
+    """List the image files below a folder, sorted: an array of bytes, which workers do not copy."""
     places = os.walk(folder, followlinks=True)
     paths = (os.path.join(place, name) for place, _, names in places for name in names)
     found = (p for p in paths if p.lower().endswith(IMAGE_TYPES) and os.path.isfile(p))
@@ -411,7 +411,7 @@ def find_images(folder: str) -> np.ndarray:
 
 
 class Crops(Dataset):
-    """Sample i of a training: the views of file i of an endless row of shuffled epochs."""
+    """Sample i of a training: the views of image i, if one epoch follows the other, shuffled."""
 
     def __init__(self, files: np.ndarray, args: argparse.Namespace):
         self.files, self.args, self.epoch = files, args, None
@@ -436,7 +436,7 @@ class Crops(Dataset):
 
     @staticmethod
     def start_worker(_: int) -> None:
-        for number in SIGNALS:  # left to the process that can save
+        for number in SIGNALS:  # the main process stops, and saves
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -454,7 +454,7 @@ class Network(nn.Module):
         self.head = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Embed views (B, K, 3, S, S), K crops of one size; return a map (B, 256, h, w) a crop."""
+        """Embed views (B, K, 3, S, S), K crops of one size; return K maps (B, 256, h, w)."""
         maps = []
         for crops in views:
             features = self.backbone(crops.flatten(0, 1)).movedim(1, -1)  # (B * K, h, w, D)
@@ -463,7 +463,7 @@ class Network(nn.Module):
         return maps
 
 
-class NeCo(nn.Module):
+class Run(nn.Module):
     """What a training changes: student, teacher, optimiser, and the queues of teacher patches."""
 
     def __init__(self, backbone: nn.Module, args: argparse.Namespace):
@@ -498,7 +498,7 @@ def align_pairs(student_maps, teacher_maps, boxes: Tensor, grid: int) -> tuple[T
     return torch.stack(student), torch.stack(teacher)
 
 
-def train_step(neco: NeCo, batch: dict, args, step: int, mine: slice, measure: bool) -> Tensor:
+def train_step(run: Run, batch: dict, args, step: int, mine: slice, measure: bool) -> Tensor:
     """Take step number `step`, counted from 0, with the settings `args`, named as the flags.
 
     `batch` is what `make_views` returns, stacked for the b images at `mine` in the whole batch.
@@ -507,7 +507,7 @@ def train_step(neco: NeCo, batch: dict, args, step: int, mine: slice, measure: b
     rng = torch.Generator().manual_seed(seed_of(args.seed, "step", step))  # alike in all processes
     torch.manual_seed(seed_of(args.seed, "drop path", step, mine.start))
     autocast = torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16")
-    total, count, measures = args.batch_size, args.grid**2, torch.zeros(2, device=args.device)
+    B, R, measures = args.batch_size, args.grid**2, torch.zeros(2, device=args.device)
 
     # Views: 2 global crops (b, 2, 3, S, S) of each image and some local ones, with their boxes.
     views = [crops.to(args.device, non_blocking=True) / 255 for crops in batch["crops"]]
@@ -515,49 +515,49 @@ def train_step(neco: NeCo, batch: dict, args, step: int, mine: slice, measure: b
     boxes = batch["boxes"].to(args.device, non_blocking=True)
     # Teacher: it reads the global crops.
     with torch.no_grad(), autocast:
-        teacher_maps = neco.teacher(views[:1])
+        teacher_maps = run.teacher(views[:1])
     # Queue: random patches of the teacher enter it, the oldest ones leave. In a small batch each
-    # image gives more of them, so that there are always enough to draw from.
-    given = max(PATCHES_PER_IMAGE, math.ceil(count / total))
+    # image adds more of them, so that there are always R to draw from.
+    added = max(PATCHES_PER_IMAGE, math.ceil(R / B))
     patches = torch.stack(teacher_maps).flatten(3).mT  # (2, b, h * w, D)
-    chosen = torch.randint(patches.shape[2], (GLOBALS, total, given, 1), generator=rng)
-    new = patches.new_zeros(GLOBALS, total, given, patches.shape[3])
-    new[:, mine] = patches.take_along_dim(chosen[:, mine].to(args.device), dim=2)
-    all_reduce(new)  # every image is zero in all processes but one
-    neco.queue = torch.cat([new.flatten(1, 2), neco.queue], dim=1)[:, : args.queue]
-    # References: for each pair of crops and each image some patches of the queue, none twice.
-    stored, pairs = min((step + 1) * total * given, args.queue), GLOBALS * (boxes.shape[1] - 1)
-    places = torch.arange(total * count).view(total, count)[mine] % stored
-    drawn = torch.stack([torch.randperm(stored, generator=rng)[places] for _ in range(pairs)])
-    drawn = drawn.to(args.device, non_blocking=True).chunk(GLOBALS)
-    references = torch.cat([queue[index] for queue, index in zip(neco.queue, drawn)])
-
+    index = torch.randint(patches.shape[2], (GLOBALS, B, added, 1), generator=rng)
+    new = patches.new_zeros(GLOBALS, B, added, patches.shape[3])
+    new[:, mine] = patches.take_along_dim(index[:, mine].to(args.device), dim=2)
+    all_reduce(new)  # gathers: what is not `mine` is zero here, and not so in another process
+    queue = torch.cat([new.flatten(1, 2), run.queue], dim=1)[:, : args.queue]
+    # References: for each pair of crops the places of the queue are shuffled and dealt out, R to
+    # each image of the batch in turn, from the start again when all are dealt.
+    filled, pairs = min((step + 1) * B * added, args.queue), GLOBALS * (boxes.shape[1] - 1)
+    dealt = torch.arange(B * R).view(B, R)[mine] % filled
+    index = torch.stack([torch.randperm(filled, generator=rng)[dealt] for _ in range(pairs)])
+    index = index.to(args.device, non_blocking=True).chunk(GLOBALS)  # pairs of one global crop
+    references = torch.cat([part[places] for part, places in zip(queue, index)])
     # Student: it reads all crops. Loss: it has to rank the references as the teacher does.
-    neco.optimizer.zero_grad()
+    run.optimizer.zero_grad()
     for rows in torch.arange(len(boxes), device=args.device).chunk(args.accumulate):
         with autocast:
-            student_maps = neco.student([view[rows] for view in views])
-        targets = [maps[rows] for maps in teacher_maps]
-        cells, targets = align_pairs(student_maps, targets, boxes[rows], args.grid)
-        chosen, share = references[:, rows], len(rows) / total
-        loss = share * neco_loss(cells, targets, chosen, args.steepness, args.teacher_steepness)
-        loss.backward()
-        measures[0] += loss.detach()
-        if measure:
-            measures[1] += share * neco_loss(targets, targets, chosen, args.teacher_steepness)
+            student_maps = run.student([view[rows] for view in views])
+        target_maps, ranked = [maps[rows] for maps in teacher_maps], references[:, rows]
+        cells, targets = align_pairs(student_maps, target_maps, boxes[rows], args.grid)
+        loss = neco_loss(cells, targets, ranked, args.steepness, args.teacher_steepness)
+        (loss * len(rows) / B).backward()
+        floor = neco_loss(targets, targets, ranked, args.teacher_steepness) if measure else loss
+        measures += torch.stack([loss, floor]).detach() * len(rows) / B
     # Step: AdamW on the student; the rates and the weight decay follow a cosine.
-    for parameter in neco.student.parameters():
+    for parameter in run.student.parameters():
         if parameter.grad is not None:
             all_reduce(parameter.grad)
-    falling = 0.5 * (1 + math.cos(math.pi * step / args.steps))  # from 1 to 0
-    low, high = args.weight_decay
-    for group in neco.optimizer.param_groups:
-        group["lr"] = group["first_lr"] * falling
-        group["weight_decay"] = high + (low - high) * falling if group["decays"] else 0.0
-    neco.optimizer.step()
-    # Average: the teacher follows the student, ever more slowly.
-    networks = list(neco.teacher.parameters()), list(neco.student.parameters())
-    torch._foreach_lerp_(*networks, (1 - args.momentum) * falling)
+    left = 0.5 * (1 + math.cos(math.pi * step / args.steps))  # from 1 to 0
+    first, last = args.weight_decay
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["first_lr"] * left
+        group["weight_decay"] = first * left + last * (1 - left) if group["decays"] else 0.0
+    run.optimizer.step()
+    # Average: the teacher follows the student, ever more slowly: the momentum ends at 1.
+    with torch.no_grad():
+        networks = list(run.teacher.parameters()), list(run.student.parameters())
+        torch._foreach_lerp_(*networks, (1 - args.momentum) * left)
+    run.queue = queue
     return all_reduce(measures)
 
 
@@ -568,7 +568,7 @@ def save(path: Path, content: dict | str) -> None:
     os.replace(temporary, path)
 
 
-def resume(path: Path, neco: NeCo, settings: dict) -> tuple[int, list]:
+def resume(path: Path, run: Run, settings: dict) -> tuple[int, list]:
     """Load a checkpoint; return its step and the rows of its log. InputError if it does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -579,8 +579,8 @@ def resume(path: Path, neco: NeCo, settings: dict) -> tuple[int, list]:
         if before.get(name) != value:
             advice = f"{before.get(name)}, not {value}: set it so, or take another folder"
             raise InputError(f"--out: the run in {path.parent} has {name} {advice}")
-    neco.load_state_dict(state["neco"])
-    neco.optimizer.load_state_dict(state["optimizer"])
+    run.load_state_dict(state["run"])
+    run.optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["log"]
 
 
@@ -592,13 +592,12 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total, share, out = args.batch_size, args.batch_size // ranks, Path(args.out)
     mine = slice(rank * share, (rank + 1) * share)
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= {"images": len(files)}
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     step, log, measures, signals, begun = 0, [], torch.zeros(2), [0], None
-    neco = NeCo(backbone, args)
+    run = Run(backbone, args)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "checkpoint.pth").exists():
-        step, log = resume(out / "checkpoint.pth", neco, settings)
+        step, log = resume(out / "checkpoint.pth", run, settings)
     first = step
     samples = (i * total + j for i in range(first, args.steps) for j in range(total)[mine])
     options = {"num_workers": args.workers, "pin_memory": args.device.type == "cuda"}
@@ -607,10 +606,10 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
 
     def save_all() -> None:
         if rank == 0 and step and math.isfinite(measures[0]):
-            state = {"neco": neco.state_dict(), "optimizer": neco.optimizer.state_dict()}
+            state = {"run": run.state_dict(), "optimizer": run.optimizer.state_dict()}
             save(out / "checkpoint.pth", state | {"step": step, "log": log, "settings": settings})
-            save(out / "student.pth", neco.student.backbone.model.state_dict())
-            save(out / "teacher.pth", neco.teacher.backbone.model.state_dict())
+            save(out / "student.pth", run.student.backbone.model.state_dict())
+            save(out / "teacher.pth", run.teacher.backbone.model.state_dict())
             rows = [",".join(f"{value:.6g}" for value in row) for row in log]
             save(out / "log.csv", "\n".join(["step,loss,floor,lr,weight_decay", *rows, ""]))
 
@@ -620,7 +619,7 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
         for batch in loader:
             begun = begun or time.monotonic()  # without the start of the workers
             logs = (step + 1) % args.log_every == 0 or step + 1 in (1, args.steps)
-            measures = train_step(neco, batch, args, step, mine, logs)
+            measures = train_step(run, batch, args, step, mine, logs)
             step += 1
             stops = bool(all_reduce(torch.tensor(signals[-1])))
             saves = stops or step % args.save_every == 0
@@ -628,7 +627,7 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
                 advice = f"what was saved stays in {out}: try a lower --lr and --head-lr"
                 raise SystemExit(f"neco.py: the loss is not finite at step {step}; {advice}")
             if logs:
-                group = neco.optimizer.param_groups[0]
+                group = run.optimizer.param_groups[0]
                 log.append([step, *measures.tolist(), group["lr"], group["weight_decay"]])
             if rank == 0 and (logs or sys.stdout.isatty()):
                 report(log[-1], step, args, (time.monotonic() - begun) / (step - first))
@@ -636,7 +635,7 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
                 break
             if saves:
                 save_all()
-    finally:  # at the end, and if something fails on the way, as where the images are gone
+    finally:  # at the end, and when something fails on the way
         save_all()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -649,18 +648,17 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
 def report(row: list[float], step: int, args: argparse.Namespace, pace: float) -> None:
     """Print how far a run is, with the last row of its log; `pace` is in seconds a step."""
     logged, loss, floor, *_ = row
-    left = datetime.timedelta(seconds=round((args.steps - step) * pace))
-    line = f"step {step}/{args.steps}  loss {loss:.3f} = floor {floor:.3f} + {loss - floor:.3f}"
-    line += f"  {args.batch_size / pace:.1f} images/s  {left} left"
+    minutes = math.ceil((args.steps - step) * pace / 60)
+    line = f"step {step}/{args.steps}  loss {loss:.3f} = floor {floor:.3f} + {loss - floor:.3f}  "
+    line += f"{args.batch_size / pace:.1f} images/s  {minutes // 60}:{minutes % 60:02} h left"
     print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
-    if logged == step and floor > 0.95 * 2 * math.log(args.grid):
+    if logged == step and floor > 0.95 * math.log(args.grid**2):
         advice = "try a lower --lr, a --momentum nearer to 1, or a higher --teacher-steepness"
         print(f"neco.py: warning: the teacher's rankings are flat: {advice}", file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------- command line
-# Every default is the paper's recipe. Bad input ends in one sentence and exit status 2.
-
+# Every default is the paper's recipe. Likely mistakes end in a sentence and exit status 2.
 
 FLAGS = {  # name: type or choices, default, help
     "data": (str, None, "folder of images, searched recursively; no labels needed"),
@@ -693,7 +691,7 @@ FLAGS = {  # name: type or choices, default, help
 }
 
 
-def run_command(parser, flags: Iterable[str], argv: list[str] | None, command: Callable) -> int:
+def run_command(parser, flags: list[str], argv: list[str] | None, command: Callable) -> int:
     """Add some FLAGS, call `command` with the arguments; a sentence, SystemExit(2) if it fails."""
     for name in flags:
         kind, default, text = FLAGS[name]
@@ -705,12 +703,12 @@ def run_command(parser, flags: Iterable[str], argv: list[str] | None, command: C
     try:
         args.device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"--device {args.device} is not there: {textwrap.shorten(str(error), 100)}")
+        parser.error(f"--device {args.device} is not there: {str(error).splitlines()[0]}")
     args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
     try:
         return command(args)
     except InputError as error:  # a worker of the loader puts its traceback before the sentence
-        parser.error(str(error).rpartition("InputError: ")[2].strip())
+        parser.error(" ".join(str(error).rpartition("InputError: ")[2].split()))
     except OSError as error:
         parser.error(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
     finally:
@@ -742,17 +740,20 @@ def prepare(args: argparse.Namespace) -> int:
     backbone = load_backbone(args.backbone, args.hub, args.weights)
     if ranks and not local_rank:
         dist.barrier()
-    args.global_size = backbone.side("--global-size", args.global_size, 518)
-    args.local_size = backbone.side("--local-size", args.local_size, 98)
+    args.global_size = backbone.checked_size("--global-size", args.global_size, 518)
+    args.local_size = backbone.checked_size("--local-size", args.local_size, 98)
     args.teacher_steepness = args.teacher_steepness or args.steepness
-    args.steps = args.steps or args.epochs * (len(files) // args.batch_size)
+    args.images, args.steps = (
+        len(files),
+        args.steps or args.epochs * (len(files) // args.batch_size),
+    )
     return train(args, backbone, files)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status, or raise SystemExit(2) after bad input."""
     parser = argparse.ArgumentParser("neco.py", usage="neco.py --data FOLDER [options]")
-    return run_command(parser, FLAGS, argv, prepare)
+    return run_command(parser, list(FLAGS), argv, prepare)
 
 
 if __name__ == "__main__":
