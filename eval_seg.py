@@ -60,8 +60,8 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # features (B, D, h, w), masks (B, M,
 
 def pair_files(images: Path, masks: Path, values: dict, names: list[str] | None = None) -> list:
     """List the items NAME.jpg and NAME.png: those of some names, or of all masks."""
-    names = names or sorted(path.stem for path in masks.iterdir() if path.suffix == ".png")
-    return [(images / f"{name}.jpg", masks / f"{name}.png", values) for name in names]
+    found = sorted(path.stem for path in masks.iterdir() if path.suffix == ".png")
+    return [(images / f"{name}.jpg", masks / f"{name}.png", values) for name in names or found]
 
 
 def load_voc(root: Path) -> DataSet:
@@ -123,9 +123,8 @@ def load_coco_stuff(root: Path) -> DataSet:
 
 
 def load_folder(root: Path) -> DataSet:
-    """Images in train/images and val/images, masks of the same names in train/masks and val/masks:
-    PNG files of one channel, in which each value is a class, except 255 for no label.
-    """
+    """Images in train/images and val/images, masks in train/masks and val/masks: PNG files of the
+    same names and of one channel, in which each value is a class, but 255 no label."""
     splits, found, same = [], set(), {value: value for value in range(256)}
     for split in ("train", "val"):
         files = sorted((root / split / "images").iterdir())
@@ -327,7 +326,7 @@ def search(queries: Tensor, memory: Tensor, k: int, chunk: int = 2**14) -> tuple
 
 
 def retrieve(
-    features: Tensor, memory: Tensor, frequencies: Tensor, size: int, k: int, temperature=0.02
+    features: Tensor, memory: Tensor, frequencies: Tensor, size: int, k=30, temperature=0.02
 ) -> Iterator[Tensor]:
     """Predict classes by the k nearest neighbours of each patch in the memory.
 
@@ -371,7 +370,8 @@ def solve_probe(layer: nn.Conv2d, features: Tensor, frequencies: Tensor, rounds:
     Features (N, D) and, as soft targets, class frequencies (N, C). A round is six iterations of
     L-BFGS, on features of which each of the D numbers has mean 0 and deviation 1.
     """
-    mean, std = features.float().mean(0), features.float().std(0).clamp(min=1e-6)
+    std, mean = (part.float() for part in torch.std_mean(features, dim=0))
+    std = std.clamp(min=1e-6)  # of a number that never changes
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=6, line_search_fn="strong_wolfe")
 
     def loss() -> float:
@@ -449,9 +449,9 @@ def make_picture(items, classes: list[str], predictions: dict, features: dict) -
 
 
 # ---------------------------------------------------------------------------------------- demo
-# Textures on shapes, in any colour. The stand-in for pretraining learns that colour and the whole
-# image matter; NeCo sees the same places in other colours and surroundings. So short a run takes
-# large rates, and its teacher lags behind: the student is evaluated. After a full run, the teacher.
+# Textures on shapes, in any colour. The start is taught that colour and the whole image matter,
+# which is wrong for these masks, and NeCo has to unlearn it. So short a run takes large rates, and
+# its teacher lags behind: the student is evaluated. After a full run it is the teacher.
 
 DEMO = (
     "--backbone tiny --hidden 128 --batch-size 8 --steps 240 --global-size 98 --local-size 42 "
@@ -464,7 +464,7 @@ def paint(textures: Tensor, hues: Tensor, size: int) -> Tensor:
     """Paint noisy images (n, 3, size, size) in 0-1, each of one texture in two colours.
 
     Textures (n,) 0 to 3 are stripes, turned by 45 degrees each, 4 and 5 are checks; half a number
-    is half a turn. Hues (n,) are in turns of the colour circle. All else is random.
+    more turns by 22.5. Hues (n,) are in turns of the colour circle. All else is random.
     """
     n, textures = len(textures), textures.view(-1, 1, 1)
     turn, width, *phases = torch.rand(4, n, 1, 1)
@@ -524,21 +524,21 @@ def demo(out: Path, seed: int) -> int:
     torch.manual_seed(seed)
     print(f"1. Images, in {out}/data: a class is a texture, colour tells nothing.")
     write_demo_images(out / "data")
-    print(f"2. A stand-in for pretraining, on labels of other, whole images: {out}/start.pth.")
+    print(f"2. A stand-in for pretraining, on labels of whole images and colours: {out}/start.pth.")
     neco.save(out / "start.pth", warm_up().model.state_dict())
     flags = f"--data {out}/data/train/images --weights {out}/start.pth --out {out} --seed {seed}"
     print(f"3. NeCo, without labels: python neco.py {flags} {DEMO}")
     neco.main(f"{flags} {DEMO}".split())
     weights = f"{out}/start.pth {out}/student.pth --pictures 3 --out {out}"
     flags = f"--data {out}/data --backbone tiny --size 140 --weights {weights}"
-    print(f"4. Before and after: python eval_seg.py {flags}")
+    print(f"4. Before and after (the teacher still lags behind): python eval_seg.py {flags}")
     main(flags.split())
     print("Look at the picture. Next, on your own images: python neco.py --data FOLDER")
     return 0
 
 
 # -------------------------------------------------------------------------------- command line
-# Every default is the protocol's. What both scripts have in common stands in neco.py.
+# Sizes, memory and epochs are the protocol's. What both scripts have in common stands in neco.py.
 
 SIZES = {"in-context": 518, "linear": 448}  # side of the input in pixels
 NOTE = """Published tables of the public evaluator let pixels without label vote, count 151 classes
@@ -566,7 +566,7 @@ def learn(method: str, read: Callable, train: list[Item], size: int, layer: nn.C
         solve_probe(layer, patches, frequencies)
         return lambda features: probe(features).argmax(1)
     F.normalize(patches, dim=1, out=patches)  # in place: it can take gigabytes
-    return partial(retrieve, memory=patches, frequencies=frequencies, size=size, k=30)
+    return partial(retrieve, memory=patches, frequencies=frequencies, size=size)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -622,7 +622,7 @@ def main(argv: list[str] | None = None) -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval_seg.py", description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("--demo", action="store_true", help="make images, train and evaluate: nothing is needed")
+    add("--demo", action="store_true", help="make images, train, evaluate; takes --out and --seed")
     add("--data", type=Path, help="folder of the data set, as its archives unpack")
     add("--dataset", choices=DATASETS, default="folder", help="its layout (%(default)s)")
     add("--weights", nargs="+", default=["none"], help="files or URLs; none for those of the hub")

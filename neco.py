@@ -12,9 +12,9 @@ crop and colour. A differentiable sorting network turns similarities into rankin
     python neco.py --data photos --steps 2000 --batch-size 16         # a shorter run
     torchrun --nproc-per-node 4 neco.py --data coco/train2017         # on four GPUs
 
-The file reads as the paper does. To copy a part, take its imports and: `soft_sort`,
-`sorting_network`; with these `neco_loss`, `RankingLoss`; `make_views`, `random_boxes`,
-`change_colours`, `GLOBALS`; `align`.
+The file reads as the paper does. Its parts can be copied: `soft_sort` with `sorting_network`;
+`neco_loss` with these two and `RankingLoss`; `make_views` with `random_boxes`, `change_colours` and
+`GLOBALS`; `align` alone.
 """
 
 import argparse
@@ -158,9 +158,9 @@ def sorting_network(n: int, device: torch.device | str = "cpu") -> list[Tensor]:
     smaller value always goes to the lower wire.
 
     Source: Batcher, "Sorting networks and their applications", 1968. A merge into blocks of S wires
-    compares wire i with its mirror image in the block, i XOR (S - 1), as if the second half were
-    reversed, and then with i XOR S/4, S/8, ..., 1. If n is no power of two, think of smallest
-    elements in front, up to the next power: nothing would move them, so that they can be left out.
+    compares wire i with its mirror image in the block, i XOR (S - 1), which replaces reversing one
+    half, and then with i XOR S/4, S/8, ..., 1. If n is no power of two, think of smallest elements
+    in front, up to the next one: they never move, so they are left out.
     """
     stages, network = (n - 1).bit_length(), []
     front = 2**stages - n  # wires that are left out
@@ -195,16 +195,16 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
     permutation, one = x[:, None] * 0 + 1, x.new_ones(())  # (n, columns, rows)
     network, own = sorting_network(n, x.device), torch.arange(n, device=x.device)
     for stage, layers in enumerate(network):
-        # Before blocks are merged, a wire's value is a mix of its own block alone. To save half the
-        # work, its row has columns for these items only: one at first, twice as many after each
-        # merge, those of the other block zero. In the last one the wires left out are cut off.
+        # Before a merge a wire mixes items of its own block only, and its row has columns for those.
+        # That saves half the work. Now the columns double: left or right half, the other one zero.
+        # The last time, the columns of the wires that are left out go.
         block = (own + 2 ** len(network) - n) >> stage
         right = (block & 1).to(x.dtype)[:, None, None]  # 1 in the second one of two blocks
         permutation = torch.cat([permutation * (1 - right), permutation * right], dim=1)[:, -n:]
         for partner in layers:
-            # x_hi - x_lo, the same for both wires; 0 for one that is its own partner
+            # The sign is 1 on the lower wire and -1 on the upper: both get x_hi - x_lo.
             gap = (partner - own).sign()[:, None] * (x.index_select(0, partner) - x)
-            # atan2(1, z) / pi is 1/2 - atan(z) / pi, and keeps its digits where it is small
+            # atan2(1, z) / pi is 1/2 - atan(z) / pi, and keeps its digits where that is small.
             w = torch.atan2(one, gap * steepness) / math.pi  # (n, rows)
             x = torch.lerp(x, x.index_select(0, partner), w)
             permutation = torch.lerp(permutation, permutation.index_select(0, partner), w[:, None])
@@ -385,7 +385,7 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
 # All randomness is a function of seed, step and sample: on a CPU neither workers nor interruptions
 # change a bit of the result. With torchrun, every process works on a slice of each batch, `mine`.
 
-PATCHES_PER_IMAGE = 10  # that a step adds to the queue of each global crop
+PATCHES_PER_IMAGE = 10  # added by each step to each of the queues, one for a global crop
 SIGNALS = signal.SIGINT, signal.SIGTERM
 MAY_CHANGE = ("data", "out", "workers", "device", "log_every", "save_every")  # when resumed
 
@@ -411,7 +411,7 @@ def find_images(folder: str) -> np.ndarray:
 
 
 class Crops(Dataset):
-    """Sample i of a training: the views of image i, if one epoch follows the other, shuffled."""
+    """Sample i of a training: the views of image i in the endless stream of shuffled epochs."""
 
     def __init__(self, files: np.ndarray, args: argparse.Namespace):
         self.files, self.args, self.epoch = files, args, None
@@ -432,7 +432,7 @@ class Crops(Dataset):
                 path = os.fsdecode(self.files[int(torch.randint(count, ()))])
             else:
                 return make_views(image, args.global_size, args.local_size, args.local_crops)
-        raise InputError(f"--data {args.data}: 100 files in a row cannot be read, as {path}")
+        raise InputError(f"--data {args.data}: 100 files in a row cannot be read, those above")
 
     @staticmethod
     def start_worker(_: int) -> None:
@@ -454,7 +454,7 @@ class Network(nn.Module):
         self.head = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Embed views (B, K, 3, S, S), K crops of one size; return K maps (B, 256, h, w)."""
+        """Embed views (b, K, 3, S, S), K crops of one size each: a map (b, 256, h, w) a crop."""
         maps = []
         for crops in views:
             features = self.backbone(crops.flatten(0, 1)).movedim(1, -1)  # (B * K, h, w, D)
@@ -484,9 +484,9 @@ class Run(nn.Module):
 def align_pairs(student_maps, teacher_maps, boxes: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     """Read the same places from student and teacher, for every pair of crops.
 
-    From lists of maps (B, D, h, w), one for each crop, the global ones first, and boxes
-    (B, crops, 4), the cells (pairs, B, grid * grid, D) of both. In a pair the teacher sees a global
-    crop g and the student another crop v; pairs of the first global crop come first.
+    Takes lists of maps (B, D, h, w), one for each crop, the global ones first, and boxes
+    (B, crops, 4). Returns the cells of both, (pairs, B, grid * grid, D). In a pair the teacher sees
+    a global crop g, the student another crop v; pairs of the first global crop come first.
     """
     student, teacher = [], []
     for g in range(len(teacher_maps)):
@@ -523,9 +523,9 @@ def train_step(run: Run, batch: dict, args, step: int, mine: slice, measure: boo
     index = torch.randint(patches.shape[2], (GLOBALS, B, added, 1), generator=rng)
     new = patches.new_zeros(GLOBALS, B, added, patches.shape[3])
     new[:, mine] = patches.take_along_dim(index[:, mine].to(args.device), dim=2)
-    all_reduce(new)  # gathers: what is not `mine` is zero here, and not so in another process
+    all_reduce(new)  # a gather: every process fills in its own slice `mine`
     queue = torch.cat([new.flatten(1, 2), run.queue], dim=1)[:, : args.queue]
-    # References: for each pair of crops the places of the queue are shuffled and dealt out, R to
+    # References: for each pair of crops the indices of the queue are shuffled and dealt out, R to
     # each image of the batch in turn, from the start again when all are dealt.
     filled, pairs = min((step + 1) * B * added, args.queue), GLOBALS * (boxes.shape[1] - 1)
     dealt = torch.arange(B * R).view(B, R)[mine] % filled
@@ -537,11 +537,11 @@ def train_step(run: Run, batch: dict, args, step: int, mine: slice, measure: boo
     for rows in torch.arange(len(boxes), device=args.device).chunk(args.accumulate):
         with autocast:
             student_maps = run.student([view[rows] for view in views])
-        target_maps, ranked = [maps[rows] for maps in teacher_maps], references[:, rows]
+        target_maps, drawn = [maps[rows] for maps in teacher_maps], references[:, rows]
         cells, targets = align_pairs(student_maps, target_maps, boxes[rows], args.grid)
-        loss = neco_loss(cells, targets, ranked, args.steepness, args.teacher_steepness)
+        loss = neco_loss(cells, targets, drawn, args.steepness, args.teacher_steepness)
         (loss * len(rows) / B).backward()
-        floor = neco_loss(targets, targets, ranked, args.teacher_steepness) if measure else loss
+        floor = neco_loss(targets, targets, drawn, args.teacher_steepness) if measure else loss
         measures += torch.stack([loss, floor]).detach() * len(rows) / B
     # Step: AdamW on the student; the rates and the weight decay follow a cosine.
     for parameter in run.student.parameters():
@@ -669,7 +669,7 @@ FLAGS = {  # name: type or choices, default, help
     "epochs": (int, 25, "passes over the images"),
     "steps": (int, None, "number of steps, instead of epochs; the schedules span it"),
     "batch-size": (int, 64, "images a step, over all processes"),
-    "accumulate": (int, 1, "work on a batch in so many parts, to save memory; same loss"),
+    "accumulate": (int, 1, "parts of a batch, one after the other, to save memory"),
     "global-size": (int, None, "side of the 2 global crops (518, or less for whole patches)"),
     "local-size": (int, None, "side of the local crops (98, or less for whole patches)"),
     "local-crops": (int, 4, "local crops of an image"),

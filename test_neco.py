@@ -1065,7 +1065,7 @@ def test_defaults_are_those_of_the_protocols(monkeypatch):
     args = eval_seg.main(["--data", "here"])
     assert (args["memory"], args["epochs"]) == (10_240_000, 25)
     assert args["size"] is None and eval_seg.SIZES == {"in-context": 518, "linear": 448}
-    assert eval_seg.retrieve.__defaults__ == (0.02,) and eval_seg.PROBE_SIZE == 100
+    assert eval_seg.retrieve.__defaults__ == (30, 0.02) and eval_seg.PROBE_SIZE == 100
 
 
 def test_results_of_the_first_method_outlive_the_second(tmp_path, evaluate, monkeypatch):

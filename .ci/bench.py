@@ -58,8 +58,7 @@ def spread(values: list[float]) -> str:
 
 def resident(field: str) -> float:
     """VmRSS or VmHWM of this process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1e3
 
 
 def peak(call) -> float:
@@ -118,8 +117,7 @@ def bench_loss(args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--measure", way, "--threads", str(args.threads)]
         memory = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         print(f"loss of 3136 x 49 on {way}: {spread(times[way])} ms, {float(memory):.0f} MB")
-    ratios = [b / a for a, b in zip(*times.values())]
-    print(f"times as fast as on diffsort: {spread(ratios)}")
+    print(f"times as fast: {spread([b / a for a, b in zip(*times.values())])}")
 
 
 # ------------------------------------------------------------------------------------- loader
@@ -149,16 +147,14 @@ def bench_loader(args: argparse.Namespace) -> None:
         write_images(folder)
         paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
         calls = {
-            "make_views": lambda: [
-                neco.make_views(neco.read_image(path), 518, 98, 4) for path in paths
-            ],
+            "make_views": lambda: [neco.make_views(neco.read_image(p), 518, 98, 4) for p in paths],
             "torchvision on Pillow images": lambda: [usual_views(path) for path in paths],
         }
         for name, times in take_turns(calls, args.repeats).items():
-            print(f"six crops with colours, one core, {name}: ", end="")
-            print(spread([value / len(paths) for value in times]), "ms an image")
-        settings = {"data": folder, "global_size": 518, "local_size": 98, "local_crops": 4}
-        settings = argparse.Namespace(**settings, seed=0, batch_size=len(paths))
+            per_image = spread([value / len(paths) for value in times])
+            print(f"six crops with colours, one core, {name}: {per_image} ms an image")
+        settings = argparse.Namespace(global_size=518, local_size=98, local_crops=4, seed=0)
+        settings.data, settings.batch_size = folder, len(paths)
         crops = neco.Crops(neco.find_images(folder), settings)
         options = {"num_workers": args.workers, "sampler": range(12 * len(paths))}
         batches = iter(torch.utils.data.DataLoader(crops, len(paths), **options))
@@ -172,39 +168,31 @@ def bench_loader(args: argparse.Namespace) -> None:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    parser = argparse.ArgumentParser()
-    flags = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in STEP if name != "hub"]
-    flags += [f"--hub={args.hub}"] if args.hub else []
-    weights = {"pretrained": False} if args.hub else {}
+    flags = ["--data=none", "--steps=100", "--steepness=100", "--teacher-steepness=100"]
+    flags += [f"--{name}={value}" for name in STEP if (value := vars(args)[name])]
 
     def command(settings: argparse.Namespace) -> int:
-        load = torch.hub.load
-        torch.hub.load = lambda *where, **how: load(*where, **(how | weights))  # random ones do
-        backbone = neco.load_backbone(settings.backbone, settings.hub)
-        torch.hub.load = load
-        settings.teacher_steepness, settings.steps = settings.steepness, 100
-        run = neco.Run(backbone, settings)
+        backbone = neco.load_backbone(settings.backbone, settings.hub, settings.weights)
+        run, step = neco.Run(backbone, settings), iter(range(100))
         image = torch.randint(256, (3, 480, 640), dtype=torch.uint8)
         sizes = settings.global_size, settings.local_size, settings.local_crops
         views = [neco.make_views(image, *sizes) for _ in range(settings.batch_size)]
-        batch = torch.utils.data.default_collate(views)
-        mine = slice(0, settings.batch_size)
-        step = iter(range(100))
+        batch, mine = torch.utils.data.default_collate(views), slice(0, settings.batch_size)
 
         def call() -> float:
             return neco.train_step(run, batch, settings, next(step), mine, False)[0].item()
 
         memory = peak(call)
         times = take_turns({"step": call}, args.repeats)["step"]
-        rate = 1e3 * settings.batch_size / statistics.median(times)
-        print(f"step of {settings.backbone}, {settings.batch_size} images, {settings.precision}: ")
-        print(f"{spread(times)} ms, {rate:.1f} images a second, {memory:.0f} MB")
+        what = f"{settings.backbone}, {settings.batch_size} images, {settings.precision}"
+        print(f"step of {what}: {spread(times)} ms, {memory:.0f} MB")
         return 0
 
-    neco.run_command(parser, neco.FLAGS, ["--data=none", *flags], command)
+    neco.run_command(argparse.ArgumentParser(), list(neco.FLAGS), flags, command)
 
 
-STEP = {"backbone": "tiny", "hub": None, "batch-size": 8, "global-size": 98, "local-size": 42}
+STEP = {"backbone": "tiny", "hub": "", "weights": "", "batch-size": 8}
+STEP |= {"global-size": 98, "local-size": 42}
 SECTIONS = {"loss": bench_loss, "loader": bench_loader, "step": bench_step}
 
 
@@ -216,7 +204,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     for name, default in STEP.items():
-        parser.add_argument(f"--{name}", type=type(default or ""), default=default)
+        parser.add_argument(f"--{name}", dest=name, type=type(default), default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.measure:
