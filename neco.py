@@ -195,7 +195,7 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
     permutation, one = x[:, None] * 0 + 1, x.new_ones(())  # (n, columns, rows)
     network, own = sorting_network(n, x.device), torch.arange(n, device=x.device)
     for stage, layers in enumerate(network):
-        # Before a merge a wire mixes items of its own block only, and its row has columns for those.
+        # Before a merge a wire mixes items of its own block only, with a column for each.
         # That saves half the work. Now the columns double: left or right half, the other one zero.
         # The last time, the columns of the wires that are left out go.
         block = (own + 2 ** len(network) - n) >> stage
