@@ -371,11 +371,10 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
 
     Source: RoI-align (He et al., Mask R-CNN, 2017), as in arXiv 2408.11054, section 3.
     """
-    h, w = features.shape[-2:]
     sides = crop[:, 2:] - crop[:, :2]
     boxes = ((region.view(-1, 2, 2) - crop[:, None, :2]) / sides[:, None]).flatten(1)
-    boxes[:, 0::2] *= w  # now in patches of the crop
-    boxes[:, 1::2] *= h
+    boxes[:, 0::2] *= features.shape[3]  # now in patches of the crop
+    boxes[:, 1::2] *= features.shape[2]
     index = torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes.dtype)
     cells = roi_align(features, torch.cat([index, boxes], dim=1), grid, aligned=True)
     return cells.flatten(2).mT  # (B, D, grid, grid) -> (B, N, D)
@@ -414,7 +413,7 @@ class Crops(Dataset):
     """Sample i of a training: the views of image i in the endless stream of shuffled epochs."""
 
     def __init__(self, files: np.ndarray, args: argparse.Namespace):
-        self.files, self.args, self.epoch = files, args, None
+        self.files, self.args, self.epoch, self.skipped = files, args, None, set()
 
     def __getitem__(self, sample: int) -> dict:
         args, count = self.args, len(self.files)
@@ -428,7 +427,9 @@ class Crops(Dataset):
             try:
                 image = read_image(path)
             except Exception as error:  # Pillow raises many kinds; another file takes its place
-                print(f"neco.py: skipped {path}, which cannot be read: {error}", file=sys.stderr)
+                if path not in self.skipped:
+                    print(f"neco.py: skipped {path}, cannot be read: {error}", file=sys.stderr)
+                self.skipped.add(path)
                 path = os.fsdecode(self.files[int(torch.randint(count, ()))])
             else:
                 return make_views(image, args.global_size, args.local_size, args.local_crops)
@@ -721,8 +722,9 @@ def prepare(args: argparse.Namespace) -> int:
     ranks, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
     parts = args.accumulate * max(ranks, 1)
     if args.batch_size % parts:
-        reason = "--accumulate times the number of processes"
-        raise InputError(f"--batch-size {args.batch_size} is no multiple of {parts}, {reason}")
+        raise InputError(
+            f"--batch-size {args.batch_size}: take a multiple of {parts} (--accumulate)"
+        )
     if args.queue < args.grid**2:
         raise InputError(f"--queue {args.queue} is less than the {args.grid**2} cells of --grid")
     files = find_images(args.data)
