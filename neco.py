@@ -722,9 +722,7 @@ def prepare(args: argparse.Namespace) -> int:
     ranks, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
     parts = args.accumulate * max(ranks, 1)
     if args.batch_size % parts:
-        raise InputError(
-            f"--batch-size {args.batch_size}: take a multiple of {parts} (--accumulate)"
-        )
+        raise InputError(f"--batch-size {args.batch_size} does not divide into {parts} parts")
     if args.queue < args.grid**2:
         raise InputError(f"--queue {args.queue} is less than the {args.grid**2} cells of --grid")
     files = find_images(args.data)
