@@ -14,7 +14,7 @@ crop and colour. A differentiable sorting network turns similarities into rankin
 
 The file reads as the paper does. Its parts can be copied: `soft_sort` with `sorting_network`;
 `neco_loss` with these two and `RankingLoss`; `make_views` with `random_boxes`, `change_colours` and
-`GLOBALS`; `align` alone.
+`GLOBAL_CROPS`; `align` alone.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class InputError(ValueError):
 
 HUBS = {  # by the beginning of a backbone's name
     "dinov2_": "facebookresearch/dinov2",
-    "dinov3_": "facebookresearch/dinov3",  # sends its weights on request: give them by --weights
+    "dinov3_": "facebookresearch/dinov3",  # weights come by mail: name the file by --weights
     "dino_": "facebookresearch/dino:main",
 }
 
@@ -119,7 +119,7 @@ def load_backbone(
     hub = hub or next((HUBS[start] for start in HUBS if name.startswith(start)), None)
     if hub is None and name != "tiny":
         known = ", ".join(f"{start}*" for start in HUBS)
-        raise InputError(f"--backbone {name} is none of {known}, tiny: say where by --hub")
+        raise InputError(f"--backbone {name}: give one of {known}, tiny, or its hub by --hub")
     try:
         source = "local" if hub and Path(hub).is_dir() else "github"
         options = {"source": source, "trust_repo": True, "pretrained": weights is None}
@@ -138,7 +138,7 @@ def load_backbone(
             heads = ("projection_head.", "head.", "dino_head.", "ibot_head.")
             state = {k: state[k] for k in state if k in own or not k.startswith(heads)}
             model.load_state_dict(state)
-        except Exception as error:  # torch.load raises many kinds on a file that is not its own
+        except Exception as error:  # torch.load raises errors of many kinds
             raise InputError(f"--weights {weights} is not of {name}: {str(error)[:300]}") from error
     return Backbone(model).train()
 
@@ -192,20 +192,22 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
     lead, n = x.shape[:-1], x.shape[-1]
     x = x if x.dtype == torch.float64 else x.float()
     x = x.reshape(-1, n).T  # (n, rows): wires first, so that a gather copies whole rows
-    permutation, one = x[:, None] * 0 + 1, x.new_ones(())  # (n, columns, rows)
-    network, own = sorting_network(n, x.device), torch.arange(n, device=x.device)
+    permutation = x[:, None] * 0 + 1  # ones (n, columns, rows) that depend on x, also for n = 1
+    network, wires = sorting_network(n, x.device), torch.arange(n, device=x.device)
     for stage, layers in enumerate(network):
-        # Before a merge a wire mixes items of its own block only, with a column for each.
-        # That saves half the work. Now the columns double: left or right half, the other one zero.
-        # The last time, the columns of the wires that are left out go.
-        block = (own + 2 ** len(network) - n) >> stage
-        right = (block & 1).to(x.dtype)[:, None, None]  # 1 in the second one of two blocks
-        permutation = torch.cat([permutation * (1 - right), permutation * right], dim=1)[:, -n:]
+        # So far a wire mixes items of its own block alone, and has a column for each of them: that
+        # saves half the work. To merge two blocks the columns double, first those of the left block
+        # and then those of the right one, with zeros where an item is of the other block. The last
+        # stage drops the first columns, of the wires that are left out.
+        block = (wires + 2 ** len(network) - n) >> stage
+        in_right = (block & 1).to(x.dtype)[:, None, None]  # 1 in the second one of two blocks
+        columns = [permutation * (1 - in_right), permutation * in_right]
+        permutation = torch.cat(columns, dim=1)[:, -n:]
         for partner in layers:
             # The sign is 1 on the lower wire and -1 on the upper: both get x_hi - x_lo.
-            gap = (partner - own).sign()[:, None] * (x.index_select(0, partner) - x)
+            gap = (partner - wires).sign()[:, None] * (x.index_select(0, partner) - x)
             # atan2(1, z) / pi is 1/2 - atan(z) / pi, and keeps its digits where that is small.
-            w = torch.atan2(one, gap * steepness) / math.pi  # (n, rows)
+            w = torch.atan2(torch.ones_like(x), gap * steepness) / math.pi  # (n, rows)
             x = torch.lerp(x, x.index_select(0, partner), w)
             permutation = torch.lerp(permutation, permutation.index_select(0, partner), w[:, None])
     return x.T.reshape(*lead, n), permutation.permute(2, 0, 1).reshape(*lead, n, n)
@@ -224,16 +226,16 @@ class RankingLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, steepness: float, teacher_steepness: float) -> Tensor:
-        # rows: enough to keep a GPU busy, or few enough for a core's cache
-        block = max(1, (2**25 if student.is_cuda else 2**19) // student.shape[1] ** 2)
+        # rows of a block: enough to keep a GPU busy, or few enough for a core's cache
+        rows = max(1, (2**25 if student.is_cuda else 2**19) // student.shape[1] ** 2)
         total, gradients = student.new_zeros(()), []
-        for x, y in zip(student.split(block), teacher.split(block), strict=True):
-            _, q = soft_sort(y, teacher_steepness)
+        for x, y in zip(student.split(rows), teacher.split(rows), strict=True):
+            _, Q = soft_sort(y, teacher_steepness)
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                _, p = soft_sort(x, steepness)
-                log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
-                loss = -(q * log_p).sum() / student.numel()
+                _, P = soft_sort(x, steepness)
+                log_P = P.clamp_min(torch.finfo(P.dtype).tiny).log()
+                loss = -(Q * log_P).sum() / student.numel()
             gradients += torch.autograd.grad(loss, x)
             total += loss.detach()
         ctx.save_for_backward(*gradients)
@@ -264,8 +266,8 @@ def neco_loss(
     Returns:
         -(Q * log P), summed over ranks and averaged over patches and items, with Q the teacher's
         soft permutation [rank, item] and P the student's: a scalar, float32, or float64 for float64
-        features; differentiable once. Its floor is the entropy of Q, at most log R:
-        `neco_loss(teacher, teacher, references, teacher_steepness)`; the rest is their divergence.
+        features; differentiable once. It is the entropy of Q (its floor, at most log R) plus the
+        divergence of P from Q, which is 0 where student and teacher agree.
 
     Raises:
         ValueError: student and teacher have different shapes.
@@ -273,14 +275,12 @@ def neco_loss(
     Source: Pariza et al., arXiv 2408.11054, section 3 ("patch neighbor consistency").
     """
     if student.shape != teacher.shape:
-        raise ValueError(f"student {tuple(student.shape)} is not as teacher {tuple(teacher.shape)}")
+        raise ValueError(f"student {tuple(student.shape)}, but teacher {tuple(teacher.shape)}")
     with torch.autocast(student.device.type, enabled=False):
         dtype = torch.promote_types(student.dtype, torch.float32)
         parts = (student, teacher.detach(), references.detach())
         student, teacher, references = (F.normalize(part.to(dtype), dim=-1) for part in parts)
-        cosines = (
-            (part @ references.mT).flatten(0, -2) for part in (student, teacher)
-        )  # (rows, R)
+        cosines = [(part @ references.mT).flatten(0, -2) for part in (student, teacher)]
         return RankingLoss.apply(*cosines, steepness, teacher_steepness or steepness)
 
 
@@ -289,7 +289,7 @@ def neco_loss(
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-GLOBALS = 2  # global crops of an image
+GLOBAL_CROPS = 2  # of an image
 change_colours = v2.Compose(  # as in the public recipe
     [
         v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
@@ -315,17 +315,17 @@ def random_boxes(image: Tensor, local_crops: int) -> list[tuple[int, int, int, i
     is the whole image.
     """
 
-    def shared(a: tuple, b: tuple) -> int:
+    def overlap(a: tuple, b: tuple) -> int:
         w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
         return max(w, 0) * max(h, 0)
 
     (height, width), boxes = image.shape[-2:], []
-    for crop in range(GLOBALS + local_crops):
-        scale, least = ((0.25, 1.0), 0.02) if crop < GLOBALS else ((0.05, 0.25), 0.01)
+    for crop in range(GLOBAL_CROPS + local_crops):
+        scale, least = ((0.25, 1.0), 0.02) if crop < GLOBAL_CROPS else ((0.05, 0.25), 0.01)
         for _ in range(100):
             top, left, h, w = v2.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
             box = left, top, left + w, top + h
-            if all(shared(box, b) > least * height * width for b in boxes[:GLOBALS]):
+            if all(overlap(box, b) > least * height * width for b in boxes[:GLOBAL_CROPS]):
                 break
         else:
             box = 0, 0, width, height
@@ -349,11 +349,11 @@ def make_views(image: Tensor, global_size: int, local_size: int, local_crops: in
     """
     boxes, crops = random_boxes(image, local_crops), []
     for i, (left, top, right, bottom) in enumerate(boxes):
-        size = [global_size if i < GLOBALS else local_size] * 2
+        size = [global_size if i < GLOBAL_CROPS else local_size] * 2
         crop = v2.functional.resized_crop(image, top, left, bottom - top, right - left, size)
         crop = change_colours(v2.functional.to_pil_image(crop))  # faster there than on tensors
         crops.append(v2.functional.pil_to_tensor(crop))
-    crops = [torch.stack(part) for part in (crops[:GLOBALS], crops[GLOBALS:]) if part]
+    crops = [torch.stack(part) for part in (crops[:GLOBAL_CROPS], crops[GLOBAL_CROPS:]) if part]
     return {"crops": crops, "boxes": torch.tensor(boxes).float()}
 
 
@@ -426,14 +426,14 @@ class Crops(Dataset):
         for _ in range(100):
             try:
                 image = read_image(path)
-            except Exception as error:  # Pillow raises many kinds; another file takes its place
+            except Exception as error:  # of many kinds; another file takes its place
                 if path not in self.skipped:
                     print(f"neco.py: skipped {path}, cannot be read: {error}", file=sys.stderr)
                 self.skipped.add(path)
                 path = os.fsdecode(self.files[int(torch.randint(count, ()))])
             else:
                 return make_views(image, args.global_size, args.local_size, args.local_crops)
-        raise InputError(f"--data {args.data}: 100 files in a row cannot be read, those above")
+        raise InputError(f"--data {args.data}: 100 files in a row cannot be read, see above")
 
     @staticmethod
     def start_worker(_: int) -> None:
@@ -455,7 +455,7 @@ class Network(nn.Module):
         self.head = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Embed views (b, K, 3, S, S), K crops of one size each: a map (b, 256, h, w) a crop."""
+        """Embed views (b, K, 3, S, S), K crops of one size each: a list of maps (b, 256, h, w)."""
         maps = []
         for crops in views:
             features = self.backbone(crops.flatten(0, 1)).movedim(1, -1)  # (B * K, h, w, D)
@@ -465,14 +465,14 @@ class Network(nn.Module):
 
 
 class Run(nn.Module):
-    """What a training changes: student, teacher, optimiser, and the queues of teacher patches."""
+    """All that training changes: student, teacher, queues of teacher patches, and the optimiser."""
 
     def __init__(self, backbone: nn.Module, args: argparse.Namespace):
         super().__init__()
         # one backbone, but each head starts at random by itself, as in the public code
         self.teacher = Network(copy.deepcopy(backbone), args.hidden).requires_grad_(False).eval()
         self.student = Network(backbone, args.hidden)
-        self.register_buffer("queue", torch.zeros(GLOBALS, args.queue, 256))  # the newest first
+        self.register_buffer("queue", torch.zeros(GLOBAL_CROPS, args.queue, 256))  # newest first
         self.to(args.device)
         groups = []
         for part, rate in ((self.student.backbone, args.lr), (self.student.head, args.head_lr)):
@@ -493,9 +493,9 @@ def align_pairs(student_maps, teacher_maps, boxes: Tensor, grid: int) -> tuple[T
     for g in range(len(teacher_maps)):
         for v in (v for v in range(len(student_maps)) if v != g):
             a, b = boxes[:, g], boxes[:, v]
-            shared = torch.cat([a[:, :2].maximum(b[:, :2]), a[:, 2:].minimum(b[:, 2:])], dim=1)
-            student.append(align(student_maps[v], b, shared, grid))
-            teacher.append(align(teacher_maps[g], a, shared, grid))
+            region = torch.cat([a[:, :2].maximum(b[:, :2]), a[:, 2:].minimum(b[:, 2:])], dim=1)
+            student.append(align(student_maps[v], b, region, grid))
+            teacher.append(align(teacher_maps[g], a, region, grid))
     return torch.stack(student), torch.stack(teacher)
 
 
@@ -518,20 +518,20 @@ def train_step(run: Run, batch: dict, args, step: int, mine: slice, measure: boo
     with torch.no_grad(), autocast:
         teacher_maps = run.teacher(views[:1])
     # Queue: random patches of the teacher enter it, the oldest ones leave. In a small batch each
-    # image adds more of them, so that there are always R to draw from.
+    # image adds more of them, so that from the first step there are R to draw from.
     added = max(PATCHES_PER_IMAGE, math.ceil(R / B))
     patches = torch.stack(teacher_maps).flatten(3).mT  # (2, b, h * w, D)
-    index = torch.randint(patches.shape[2], (GLOBALS, B, added, 1), generator=rng)
-    new = patches.new_zeros(GLOBALS, B, added, patches.shape[3])
-    new[:, mine] = patches.take_along_dim(index[:, mine].to(args.device), dim=2)
+    chosen = torch.randint(patches.shape[2], (GLOBAL_CROPS, B, added, 1), generator=rng)
+    new = patches.new_zeros(GLOBAL_CROPS, B, added, patches.shape[3])
+    new[:, mine] = patches.take_along_dim(chosen[:, mine].to(args.device), dim=2)
     all_reduce(new)  # a gather: every process fills in its own slice `mine`
     queue = torch.cat([new.flatten(1, 2), run.queue], dim=1)[:, : args.queue]
     # References: for each pair of crops the indices of the queue are shuffled and dealt out, R to
     # each image of the batch in turn, from the start again when all are dealt.
-    filled, pairs = min((step + 1) * B * added, args.queue), GLOBALS * (boxes.shape[1] - 1)
+    filled, pairs = min((step + 1) * B * added, args.queue), GLOBAL_CROPS * (boxes.shape[1] - 1)
     dealt = torch.arange(B * R).view(B, R)[mine] % filled
     index = torch.stack([torch.randperm(filled, generator=rng)[dealt] for _ in range(pairs)])
-    index = index.to(args.device, non_blocking=True).chunk(GLOBALS)  # pairs of one global crop
+    index = index.to(args.device, non_blocking=True).chunk(GLOBAL_CROPS)  # pairs of one global crop
     references = torch.cat([part[places] for part, places in zip(queue, index)])
     # Student: it reads all crops. Loss: it has to rank the references as the teacher does.
     run.optimizer.zero_grad()
@@ -542,22 +542,24 @@ def train_step(run: Run, batch: dict, args, step: int, mine: slice, measure: boo
         cells, targets = align_pairs(student_maps, target_maps, boxes[rows], args.grid)
         loss = neco_loss(cells, targets, drawn, args.steepness, args.teacher_steepness)
         (loss * len(rows) / B).backward()
-        floor = neco_loss(targets, targets, drawn, args.teacher_steepness) if measure else loss
-        measures += torch.stack([loss, floor]).detach() * len(rows) / B
+        measures[0] += loss.detach() * len(rows) / B
+        if measure:
+            floor = neco_loss(targets, targets, drawn, args.teacher_steepness)
+            measures[1] += floor * len(rows) / B
     # Step: AdamW on the student; the rates and the weight decay follow a cosine.
     for parameter in run.student.parameters():
         if parameter.grad is not None:
             all_reduce(parameter.grad)
-    left = 0.5 * (1 + math.cos(math.pi * step / args.steps))  # from 1 to 0
-    first, last = args.weight_decay
+    cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))  # from 1 to 0
+    start, end = args.weight_decay
     for group in run.optimizer.param_groups:
-        group["lr"] = group["first_lr"] * left
-        group["weight_decay"] = first * left + last * (1 - left) if group["decays"] else 0.0
+        group["lr"] = group["first_lr"] * cosine
+        group["weight_decay"] = start * cosine + end * (1 - cosine) if group["decays"] else 0.0
     run.optimizer.step()
     # Average: the teacher follows the student, ever more slowly: the momentum ends at 1.
     with torch.no_grad():
         networks = list(run.teacher.parameters()), list(run.student.parameters())
-        torch._foreach_lerp_(*networks, (1 - args.momentum) * left)
+        torch._foreach_lerp_(*networks, (1 - args.momentum) * cosine)
     run.queue = queue
     return all_reduce(measures)
 
@@ -574,7 +576,7 @@ def resume(path: Path, run: Run, settings: dict) -> tuple[int, list]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
-    except Exception as error:  # torch.load raises many kinds on a file that is not its own
+    except Exception as error:  # torch.load raises errors of many kinds
         raise InputError(f"--out: {path} is broken: move it, or give another folder") from error
     for name, value in settings.items():
         if before.get(name) != value:
@@ -594,7 +596,8 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
     total, share, out = args.batch_size, args.batch_size // ranks, Path(args.out)
     mine = slice(rank * share, (rank + 1) * share)
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    step, log, measures, signals, begun = 0, [], torch.zeros(2), [0], None
+    step, log, measures, begun = 0, [], torch.zeros(2), None
+    signals = [0]  # with those that arrive; the last one counts
     run = Run(backbone, args)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "checkpoint.pth").exists():
@@ -615,7 +618,7 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
             save(out / "log.csv", "\n".join(["step,loss,floor,lr,weight_decay", *rows, ""]))
 
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: signals.append(number))
+        signal.signal(number, lambda arrived, _: signals.append(arrived))
     try:
         for batch in loader:
             begun = begun or time.monotonic()  # without the start of the workers
@@ -729,10 +732,7 @@ def prepare(args: argparse.Namespace) -> int:
     if len(files) < args.batch_size:
         advice = f"name another folder, or give a lower --batch-size than {args.batch_size}"
         raise InputError(f"--data {args.data} holds {len(files)} images: {advice}")
-    if ranks:  # started by torchrun
-        if args.device.type == "cuda":
-            args.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(args.device)
+    if ranks:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         if local_rank:
             dist.barrier()  # the first process of a machine fills the cache of torch.hub
@@ -743,15 +743,15 @@ def prepare(args: argparse.Namespace) -> int:
     args.global_size = backbone.checked_size("--global-size", args.global_size, 518)
     args.local_size = backbone.checked_size("--local-size", args.local_size, 98)
     args.teacher_steepness = args.teacher_steepness or args.steepness
-    args.images, args.steps = (
-        len(files),
-        args.steps or args.epochs * (len(files) // args.batch_size),
-    )
+    args.images = len(files)
+    args.steps = args.steps or args.epochs * (args.images // args.batch_size)
     return train(args, backbone, files)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status, or raise SystemExit(2) after bad input."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # started by torchrun
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     parser = argparse.ArgumentParser("neco.py", usage="neco.py --data FOLDER [options]")
     return run_command(parser, list(FLAGS), argv, prepare)
 
