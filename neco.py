@@ -469,9 +469,9 @@ class Run(nn.Module):
 
     def __init__(self, backbone: nn.Module, args: argparse.Namespace):
         super().__init__()
-        # one backbone, but each head starts at random by itself, as in the public code
-        self.teacher = Network(copy.deepcopy(backbone), args.hidden).requires_grad_(False).eval()
+        # Both heads start alike. The public code draws two, which learned more slowly (README).
         self.student = Network(backbone, args.hidden)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer("queue", torch.zeros(GLOBAL_CROPS, args.queue, 256))  # newest first
         self.to(args.device)
         groups = []
@@ -683,7 +683,7 @@ FLAGS = {  # name: type or choices, default, help
     "lr": (float, 1e-5, "learning rate of the backbone; three times as much can destroy it"),
     "head-lr": (float, 1e-4, "learning rate of the head"),
     "weight-decay": (float, [0.04, 0.5], "of AdamW, at the start and at the end"),
-    "momentum": (float, 0.9995, "of the teacher at the start; 1 at the end"),
+    "momentum": (float, 0.9995, "of the teacher, 1 at the end; in a short run it hardly moves"),
     "steepness": (float, 100.0, "of the sorting network; the higher, the harder the sort"),
     "teacher-steepness": (float, None, "as --steepness; a higher one works against collapse"),
     "workers": (int, min(16, os.cpu_count() or 1), "processes that read images"),

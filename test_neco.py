@@ -499,21 +499,24 @@ def test_rates_decay_and_momentum_move_what_they_should(command, tmp_path, monke
         assert_close(last[key], follows, rtol=1e-3, atol=1e-6)
         shrunk = -5e-2 * value if value.ndim > 1 else 0 * value  # biases do not decay
         assert_close(decayed[key] - student[key], shrunk, rtol=1e-3, atol=1e-5)
+    list(moved("still", "--lr 0 --head-lr 0 --weight-decay 0 0 --steps 1"))
+    run = load(tmp_path / "still", "checkpoint")["run"]  # both start alike, with their heads
+    assert all(torch.equal(run[key], run[key.replace("student", "teacher")]) for key in run)
 
 
 def test_training_learns_and_leaves_out_files_that_cannot_be_read(command, tmp_path, place):
     data = shutil.copytree(place / "images", tmp_path / "data")
     (data / "cut.png").write_bytes((data / "0.png").read_bytes()[:3000])
     (data / "empty.jpg").touch()
-    flags = (
-        "--steps 30 --hidden 64 --batch-size 8 --lr 1e-3 --head-lr 1e-2 --momentum 1 --workers 2"
-    )
-    flags += " --local-crops 0 --grid 4 --queue 400 --steepness 20"
-    status, err = command(tmp_path / "out", flags, data)
+    flags = "--steps 30 --hidden 64 --batch-size 8 --momentum 1 --local-crops 0 --grid 4"
+    flags += " --queue 400 --steepness 50 --workers 2"
+    status, err = command(tmp_path / "out", f"{flags} --lr 3e-4 --head-lr 3e-4", data)
     assert status == 0 and all("skipped" in line for line in err.splitlines()), err
     assert str(data / "cut.png") in err and str(data / "empty.jpg") in err
-    _, loss, floor, *_ = load(tmp_path / "out", "log").T
-    assert (loss - floor)[-10:].mean() < 0.8 * (loss - floor)[:5].mean()
+    assert command(tmp_path / "still", f"{flags} --lr 0 --head-lr 0", data)[0] == 0
+    logs = (load(tmp_path / out, "log").T for out in ("out", "still"))
+    learned, still = ((loss - floor)[-10:].mean() for _, loss, floor, *_ in logs)
+    assert learned < 0.8 * still
     status, err = command(tmp_path / "flat", "--grid 2 --steepness 1e-3 --steps 1")
     assert status == 0 and "warning" in err and "flat" in err
 
