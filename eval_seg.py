@@ -455,7 +455,7 @@ def make_picture(items, classes: list[str], predictions: dict, features: dict) -
 
 DEMO = (
     "--backbone tiny --hidden 128 --batch-size 8 --steps 240 --global-size 98 --local-size 42 "
-    "--local-crops 2 --grid 3 --queue 2048 --lr 6e-4 --head-lr 2e-3 --momentum 0.998 --workers 0 "
+    "--local-crops 2 --grid 5 --queue 2048 --lr 3e-4 --head-lr 1e-3 --momentum 0.998 --workers 0 "
     "--log-every 40"
 )
 
@@ -501,7 +501,7 @@ def write_demo_images(folder: Path, size: int = 140) -> None:
             mask.save(folder / split / "masks" / f"{i:03}.png")
 
 
-def warm_up(steps: int = 200, batch: int = 64) -> nn.Module:
+def warm_up(steps: int = 130, batch: int = 64) -> nn.Module:
     """Train `tiny` a little, as on ImageNet, on labels of whole images: which texture, from between
     those of the evaluation, and which half of the colour circle."""
     backbone, classifier = neco.load_backbone("tiny"), nn.Linear(64, 12)

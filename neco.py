@@ -191,7 +191,7 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
     """
     lead, n = x.shape[:-1], x.shape[-1]
     x = x if x.dtype == torch.float64 else x.float()
-    x = x.reshape(-1, n).T  # (n, rows): wires first, so that a gather copies whole rows
+    x = x.reshape(-1, n).T.contiguous()  # (n, rows): a gather copies whole rows
     permutation = x[:, None] * 0 + 1  # ones (n, columns, rows) that depend on x, also for n = 1
     network, wires = sorting_network(n, x.device), torch.arange(n, device=x.device)
     for stage, layers in enumerate(network):
@@ -200,9 +200,8 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
         # and then those of the right one, with zeros where an item is of the other block. The last
         # stage drops the first columns, of the wires that are left out.
         block = (wires + 2 ** len(network) - n) >> stage
-        in_right = (block & 1).to(x.dtype)[:, None, None]  # 1 in the second one of two blocks
-        columns = [permutation * (1 - in_right), permutation * in_right]
-        permutation = torch.cat(columns, dim=1)[:, -n:]
+        right = (block & 1).to(x.dtype)[:, None, None]  # 1 in the second one of two blocks
+        permutation = torch.cat([permutation * (1 - right), permutation * right], dim=1)[:, -n:]
         for partner in layers:
             # The sign is 1 on the lower wire and -1 on the upper: both get x_hi - x_lo.
             gap = (partner - wires).sign()[:, None] * (x.index_select(0, partner) - x)
