@@ -595,8 +595,7 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
     total, share, out = args.batch_size, args.batch_size // ranks, Path(args.out)
     mine = slice(rank * share, (rank + 1) * share)
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    step, log, measures, begun = 0, [], torch.zeros(2), None
-    signals = [0]  # with those that arrive; the last one counts
+    step, log, measures, begun, signals = 0, [], torch.zeros(2), None, [0]
     run = Run(backbone, args)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "checkpoint.pth").exists():
@@ -605,7 +604,7 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
     samples = (i * total + j for i in range(first, args.steps) for j in range(total)[mine])
     options = {"num_workers": args.workers, "pin_memory": args.device.type == "cuda"}
     options["worker_init_fn"] = Crops.start_worker
-    loader = DataLoader(Crops(files, args), batch_size=share, sampler=samples, **options)
+    batches = iter(DataLoader(Crops(files, args), batch_size=share, sampler=samples, **options))
 
     def save_all() -> None:
         if rank == 0 and step and math.isfinite(measures[0]):
@@ -616,10 +615,10 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
             rows = [",".join(f"{value:.6g}" for value in row) for row in log]
             save(out / "log.csv", "\n".join(["step,loss,floor,lr,weight_decay", *rows, ""]))
 
-    for number in SIGNALS:
+    for number in SIGNALS:  # the last one that arrived counts
         signal.signal(number, lambda arrived, _: signals.append(arrived))
     try:
-        for batch in loader:
+        for batch in batches:
             begun = begun or time.monotonic()  # without the start of the workers
             logs = (step + 1) % args.log_every == 0 or step + 1 in (1, args.steps)
             measures = train_step(run, batch, args, step, mine, logs)
@@ -640,6 +639,8 @@ def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> i
                 save_all()
     finally:  # at the end, and when something fails on the way
         save_all()
+        if args.workers:
+            batches._shutdown_workers()  # an exception that came from one would keep them all
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank == 0:

@@ -669,6 +669,7 @@ def test_bad_input_is_named_and_nothing_written_over(command, place, tmp_path, m
     before = contents()
     flags, _, words = case.replace("HERE", str(place)).partition(" says ")
     status, err = command(place / "out", flags)
+    assert not multiprocessing.active_children()  # Python would wait for them at its end
     last = err.splitlines()[-1]
     assert status == 2 and "Traceback" not in err and last.startswith("neco.py: error: "), err
     assert [word for word in (words or flags).split() if word not in last] == [], last
