@@ -604,10 +604,10 @@ def compare(args: argparse.Namespace) -> int:
             backbone.cpu()
         record[method] = results
         neco.save(args.out / "results.json", json.dumps(record, indent=1, default=str))
-        print(f"\n{method}, {size} px".ljust(23), *(f"{name[-18:]:>19}" for name in results))
+        print(f"\n{method}, {size} px".ljust(23), *(f"{name[-21:]:>22}" for name in results))
         for name in results[weights]:
             row = [scores[name] for scores in results.values()]
-            print(f"{name[:22]:22}", *(f"{value:9.2f} ({value - row[0]:+7.2f})" for value in row))
+            print(f"{name[:22]:22}", *(f"{value:12.2f} ({value - row[0]:+7.2f})" for value in row))
         print(f"mIoU is the mean over the {len(results[weights]) - 1} classes that occur")
         if method == "in-context" and args.dataset in ("voc", "ade20k"):
             print(NOTE)

@@ -51,7 +51,7 @@ class InputError(ValueError):
 
 HUBS = {  # by the beginning of a backbone's name
     "dinov2_": "facebookresearch/dinov2",
-    "dinov3_": "facebookresearch/dinov3",  # weights come by mail: name the file by --weights
+    "dinov3_": "facebookresearch/dinov3",  # weights on request only: give them by --weights
     "dino_": "facebookresearch/dino:main",
 }
 
@@ -213,7 +213,6 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------- loss
-# The student's soft permutation of the references has to match the teacher's.
 
 
 class RankingLoss(torch.autograd.Function):
@@ -266,7 +265,7 @@ def neco_loss(
         -(Q * log P), summed over ranks and averaged over patches and items, with Q the teacher's
         soft permutation [rank, item] and P the student's: a scalar, float32, or float64 for float64
         features; differentiable once. It is the entropy of Q (its floor, at most log R) plus the
-        divergence of P from Q, which is 0 where student and teacher agree.
+        divergence of P from Q, which is 0 where both rank alike.
 
     Raises:
         ValueError: student and teacher have different shapes.
@@ -425,7 +424,7 @@ class Crops(Dataset):
         for _ in range(100):
             try:
                 image = read_image(path)
-            except Exception as error:  # of many kinds; another file takes its place
+            except Exception as error:  # Pillow raises many kinds; another file takes its place
                 if path not in self.skipped:
                     print(f"neco.py: skipped {path}, cannot be read: {error}", file=sys.stderr)
                 self.skipped.add(path)
@@ -680,7 +679,7 @@ FLAGS = {  # name: type or choices, default, help
     "grid": (int, 7, "N x N cells of a crop pair rank N x N references"),
     "queue": (int, 8192, "teacher patches to draw from, at least N x N"),
     "hidden": (int, 2048, "width of the head; less for a small backbone"),
-    "lr": (float, 1e-5, "learning rate of the backbone; three times as much can destroy it"),
+    "lr": (float, 1e-5, "learning rate of the backbone; three times as much can do harm"),
     "head-lr": (float, 1e-4, "learning rate of the head"),
     "weight-decay": (float, [0.04, 0.5], "of AdamW, at the start and at the end"),
     "momentum": (float, 0.9995, "of the teacher, 1 at the end; in a short run it hardly moves"),
@@ -725,7 +724,8 @@ def prepare(args: argparse.Namespace) -> int:
     ranks, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
     parts = args.accumulate * max(ranks, 1)
     if args.batch_size % parts:
-        raise InputError(f"--batch-size {args.batch_size} does not divide into {parts} parts")
+        advice = f"give a multiple of {parts}, which is --accumulate times the processes"
+        raise InputError(f"--batch-size {args.batch_size} cannot be shared out: {advice}")
     if args.queue < args.grid**2:
         raise InputError(f"--queue {args.queue} is less than the {args.grid**2} cells of --grid")
     files = find_images(args.data)
