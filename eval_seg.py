@@ -455,8 +455,7 @@ def make_picture(items, classes: list[str], predictions: dict, features: dict) -
 
 DEMO = (
     "--backbone tiny --hidden 128 --batch-size 8 --steps 240 --global-size 98 --local-size 42 "
-    "--local-crops 2 --grid 5 --queue 2048 --lr 3e-4 --head-lr 1e-3 --momentum 0.998 --workers 0 "
-    "--log-every 40"
+    "--local-crops 2 --grid 5 --queue 2048 --lr 3e-4 --head-lr 1e-3 --workers 0 --log-every 40"
 )
 
 
