@@ -2,9 +2,10 @@
 """Are the patch features better now? In-context and linear segmentation, as figures and pictures.
 
     python eval_seg.py --demo                        # makes its images, trains and evaluates
-    python eval_seg.py --data VOCdevkit/VOC2012 --dataset voc --weights none runs/neco/teacher.pth
-    python eval_seg.py --data coco --dataset coco-things --method linear --weights teacher.pth
-    python eval_seg.py --data photos --pictures 6    # train/ and val/, each with images/ and masks/
+    python eval_seg.py --data VOCdevkit/VOC2012 --dataset voc --weights none runs/neco/student.pth
+    python eval_seg.py --data coco --dataset coco-things --method linear --weights student.pth
+    python eval_seg.py --data streets                # train/ and val/, each with images/ and masks/
+    python eval_seg.py --data photos --weights none runs/neco/student.pth    # no masks: a picture
 
 The backbone is frozen, and two protocols ask what its patch features tell about classes.
 In-context: a patch takes the labels of its nearest neighbours among the training patches; nothing
@@ -17,14 +18,18 @@ Compare figures within a table of this file. Published in-context tables mostly 
 evaluator, open-hummingbird-eval, and differ in more than the features:
 
                            this file                   public evaluator
+    memory                 whole training images       random crops with colour jitter
     pixels without label   have no vote                vote as class 0
     classes of ADE20K      150                         151, one of them with an IoU of 0
     predicted classes      count as they are           are matched to the true ones (Hungarian)
     deviation of blue      0.225, as in ImageNet       0.255
+
+The public linear probe averages over 151 classes on ADE20K as well.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,8 +44,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2.functional import normalize, resize, resized_crop, to_pil_image
-from torchvision.utils import draw_segmentation_masks, make_grid
+from torchvision.transforms.v2.functional import (
+    center_crop,
+    normalize,
+    resize,
+    resized_crop,
+    to_pil_image,
+)
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 import neco
 from neco import InputError
@@ -58,53 +69,60 @@ DataSet = tuple[list[Item], list[Item], list[str]]
 Batches = Iterable[tuple[Tensor, Tensor]]  # features (B, D, h, w), masks (B, M, M)
 
 
-def pair_files(images: Path, masks: Path, values: dict, names: list[str] | None = None) -> list:
-    """List the items NAME.jpg and NAME.png: those of some names, or of all masks."""
-    found = sorted(path.stem for path in masks.iterdir() if path.suffix == ".png")
-    return [(images / f"{name}.jpg", masks / f"{name}.png", values) for name in names or found]
+def pair(images: Path, masks: Path, names: Iterable[str], values: dict[int, int]) -> list[Item]:
+    """The items NAME.jpg and NAME.png."""
+    return [(images / f"{name}.jpg", masks / f"{name}.png", values) for name in names]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.iterdir() if path.suffix == ".png")
 
 
 def load_voc(root: Path) -> DataSet:
     """Pascal VOC 2012. Learns from trainaug, with the masks of SBD, where they were added."""
-    lists, values = root / "ImageSets/Segmentation", {n: n for n in [*range(21), IGNORE]}
-    sources = {"trainaug": "SegmentationClassAug", "val": "SegmentationClass"}
+    lists = root / "ImageSets/Segmentation"
+    splits = {"trainaug": "SegmentationClassAug", "val": "SegmentationClass"}
     if not (lists / "trainaug.txt").exists() or not (root / "SegmentationClassAug").exists():
-        sources = {"train": "SegmentationClass", "val": "SegmentationClass"}
+        splits = {"train": "SegmentationClass", "val": "SegmentationClass"}
         print(
             "Learning from the 1,464 images of train, not the 10,582 of trainaug. The other masks "
             "come from SBD (Hariharan et al., 2011), shared as SegmentationClassAug.zip: unpack it "
             f"in {root}, and put trainaug.txt into {lists}."
         )
-    splits = []
-    for split, masks in sources.items():
+    values = {n: n for n in [*range(21), IGNORE]}
+    items = []
+    for split, masks in splits.items():
         names = (lists / f"{split}.txt").read_text().split()
-        splits.append(pair_files(root / "JPEGImages", root / masks, values, names))
-    return *splits, VOC_CLASSES.split()
+        items.append(pair(root / "JPEGImages", root / masks, names, values))
+    return *items, VOC_CLASSES.split()
 
 
 def load_ade20k(root: Path) -> DataSet:
     """ADE20K scene parsing: 150 classes, in the masks 1 to 150; 0 is no label."""
-    values, splits = {0: IGNORE} | {n + 1: n for n in range(150)}, []
+    values = {0: IGNORE} | {n + 1: n for n in range(150)}
+    items = []
     for split in ("training", "validation"):
-        splits.append(pair_files(root / "images" / split, root / "annotations" / split, values))
+        masks = root / "annotations" / split
+        items.append(pair(root / "images" / split, masks, names_in(masks), values))
     lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
-    return *splits, [line.split("\t")[-1].split(",")[0] for line in lines]
+    return *items, [line.split("\t")[-1].split(",")[0] for line in lines]
 
 
 def load_coco_things(root: Path) -> DataSet:
     """COCO 2017 panoptic: the 12 super-categories of things; stuff is ignored."""
     splits = []
     for split in ("train2017", "val2017"):
-        masks, items = root / "annotations" / f"panoptic_{split}", []
-        content = json.loads(masks.with_suffix(".json").read_bytes())
+        masks = root / "annotations" / f"panoptic_{split}"
+        content = read_json(masks.with_suffix(".json"))
         names = {c["id"]: c["supercategory"] for c in content["categories"] if c["isthing"]}
         classes = sorted(set(names.values()))
+        numbers = {category: classes.index(name) for category, name in names.items()}
+        items = []
         for annotation in content["annotations"]:
             values = {0: IGNORE}  # a pixel of no segment
             for segment in annotation["segments_info"]:
-                name = names.get(segment["category_id"])
-                values[segment["id"]] = classes.index(name) if name else IGNORE
-            items += pair_files(root / split, masks, values, [Path(annotation["file_name"]).stem])
+                values[segment["id"]] = numbers.get(segment["category_id"], IGNORE)
+            items += pair(root / split, masks, [Path(annotation["file_name"]).stem], values)
         splits.append(items)
     return *splits, classes
 
@@ -112,27 +130,42 @@ def load_coco_things(root: Path) -> DataSet:
 def load_coco_stuff(root: Path) -> DataSet:
     """COCO 2017 stuff: its 15 super-categories; things (0) and `other` (183) are ignored."""
     # stuff_train2017.json has the same categories, and 20 times the size
-    content = json.loads((root / "annotations/stuff_val2017.json").read_bytes())
+    content = read_json(root / "annotations/stuff_val2017.json")
     names = {c["id"]: c["supercategory"] for c in content["categories"]}
-    classes, values = sorted(set(names.values()) - {"other"}), {0: IGNORE}
+    classes = sorted(set(names.values()) - {"other"})
+    values = {0: IGNORE}
     for value, name in names.items():
         values[value] = classes.index(name) if name in classes else IGNORE
-    masks = root / "annotations"
-    train = pair_files(root / "train2017", masks / "stuff_train2017_pixelmaps", values)
-    return train, pair_files(root / "val2017", masks / "stuff_val2017_pixelmaps", values), classes
+    splits = []
+    for split in ("train2017", "val2017"):
+        masks = root / "annotations" / f"stuff_{split}_pixelmaps"
+        splits.append(pair(root / split, masks, names_in(masks), values))
+    return *splits, classes
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is cut off, or no JSON ({error}): unpack it again") from error
 
 
 def load_folder(root: Path) -> DataSet:
     """Images in train/images and val/images, masks in train/masks and val/masks: PNG files of the
-    same names and of one channel, in which each value is a class, but 255 no label."""
-    splits, found, same = [], set(), {value: value for value in range(256)}
+    same names and of one channel, in which each value is a class, but 255 no label. Masks are
+    stored the way the image is seen, after a turn that its EXIF data may ask for."""
+    found = set()
+    splits = []
     for split in ("train", "val"):
-        files = sorted((root / split / "images").iterdir())
-        files = [path for path in files if path.suffix.lower() in neco.IMAGE_TYPES]
-        splits.append([(path, root / split / "masks" / f"{path.stem}.png") for path in files])
-    for _, mask in progress(splits[0] + splits[1], "looking for classes"):
-        found.update(read_mask(mask, same).unique().tolist())
+        images = sorted((root / split / "images").iterdir())
+        images = [path for path in images if path.suffix.lower() in neco.IMAGE_TYPES]
+        masks = [root / split / "masks" / f"{path.stem}.png" for path in images]
+        for mask in progress(masks, "looking for classes"):
+            found.update(read_mask(mask, {n: n for n in range(256)}).unique().tolist())
+        splits.append(list(zip(images, masks)))
     found = sorted(found - {IGNORE})
+    if all(splits) and len(found) < 2:
+        raise InputError(f"--data {root}: the masks hold the classes {found}; 255 means no label")
     values = {value: number for number, value in enumerate(found)} | {IGNORE: IGNORE}
     train, val = ([(*files, values) for files in split] for split in splits)
     return train, val, [f"class {value}" for value in found]
@@ -158,6 +191,9 @@ def load_dataset(name: str, root: Path) -> DataSet:
             mask.stat()
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing: --dataset {name} needs {source}") from error
+    except (KeyError, TypeError) as error:
+        reason = f"an annotation is not as it should be ({error!r})"
+        raise InputError(f"--data {root}: {reason}: --dataset {name} needs {source}") from error
     if not train or not val:
         raise InputError(f"--data {root} has no images to learn from, or none to predict")
     return train, val, classes
@@ -179,6 +215,14 @@ def read_mask(path: Path, values: dict[int, int]) -> Tensor:
     return torch.from_numpy(mask)
 
 
+def read_photo(path: Path) -> Tensor:
+    """Read an image (3, H, W); InputError names what cannot be read."""
+    try:
+        return neco.read_image(path)
+    except Exception as error:  # Pillow raises many kinds
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
 def read_batch(items: list[Item], size: int, mask_size: int, crop: bool) -> tuple[Tensor, Tensor]:
     """Read images (B, 3, size, size) and their masks (B, mask_size, mask_size), both uint8.
 
@@ -186,10 +230,7 @@ def read_batch(items: list[Item], size: int, mask_size: int, crop: bool) -> tupl
     """
     images, masks = [], []
     for path, mask_path, values in items:
-        try:
-            image = neco.read_image(path)
-        except Exception as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
+        image = read_photo(path)
         mask = read_mask(mask_path, values)[None]
         if image.shape[1:] != mask.shape[1:]:
             raise InputError(f"{path} and its mask {mask_path} differ in size")
@@ -218,25 +259,32 @@ def progress(items: Iterable, label: str) -> Iterator:
 
 
 @torch.no_grad()
-def patch_features(
-    backbone, items, size: int, mask_size: int, label: str, crop=False, workers=0, precision="fp32"
-) -> Batches:
-    """Yield features (B, D, h, w) float32 and masks (B, M, M) on the device of the backbone.
+def features_of(backbone, images: Tensor, precision: str = "fp32") -> Tensor:
+    """Features (B, D, h, w) float32, on the device of the backbone, of images uint8 (B, 3, S, S).
 
-    The backbone is put into evaluation mode. `read_batch` explains size, mask_size = M and crop;
-    crops come in random order, 128 at a time, for SGD. `label` names the work on a terminal.
+    The backbone is put into evaluation mode.
     """
-    backbone.eval()
     device = next(backbone.parameters()).device
+    images = normalize(images.to(device) / 255, neco.MEAN, neco.STD)
+    with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+        features = backbone.eval()(images).float()
+    if not features.isfinite().all():
+        raise InputError("--weights give features that are not finite: they are broken")
+    return features
+
+
+def patch_features(backbone, items, size, mask_size, label, args, crop=False) -> Batches:
+    """Yield features (B, D, h, w) and masks (B, M, M) of items, on the device of the backbone.
+
+    `read_batch` explains size, mask_size = M and crop; crops come in random order, 128 at a time,
+    for SGD. `label` names the work on a terminal. args: `workers` and `precision`.
+    """
     collate = partial(read_batch, size=size, mask_size=mask_size, crop=crop)
-    loader = DataLoader(items, 128 if crop else 16, crop, num_workers=workers, collate_fn=collate)
+    batch = 128 if crop else 16
+    loader = DataLoader(items, batch, crop, num_workers=args.workers, collate_fn=collate)
     for images, masks in progress(loader, label):
-        images = normalize(images.to(device) / 255, neco.MEAN, neco.STD)
-        with torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
-            features = backbone(images).float()
-        if not features.isfinite().all():
-            raise InputError("--weights give features that are not finite: they are broken")
-        yield features, masks.to(device)
+        features = features_of(backbone, images, args.precision)
+        yield features, masks.to(features.device)
 
 
 @torch.no_grad()
@@ -289,24 +337,33 @@ def choose_patches(labels: Tensor, count: int, uniform: Tensor) -> Tensor:
     return score.topk(count, largest=False).indices
 
 
-def collect_patches(batches: Batches, classes: int, quota: int, seed: int = 0) -> tuple:
-    """Collect at most `quota` labelled patches of each image.
+def collect_patches(
+    batches: Batches, images: int, classes: int, memory: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Collect labelled patches of so many images, `memory` / images of each at most.
 
     Batches of features and masks of the image's size -> features (N, D) and class frequencies
     (N, C), in half precision on a GPU. InputError: there is no labelled pixel.
     """
-    generator, features, frequencies = torch.Generator().manual_seed(seed), [], []
+    generator = torch.Generator().manual_seed(seed)
+    features, filled = None, 0
     for maps, masks in batches:
-        dtype = torch.half if maps.is_cuda else torch.float
-        labels = patch_labels(masks, classes, masks.shape[-1] // maps.shape[-1])
+        labels = patch_labels(masks, classes, masks.shape[-1] // maps.shape[-1])  # (B, P, C)
+        if features is None:  # all memory at once, as joining parts in the end would take it twice
+            quota = min(max(1, memory // images), labels.shape[1])
+            dtype = torch.half if maps.is_cuda else torch.float
+            features = maps.new_empty(images * quota, maps.shape[1], dtype=dtype)
+            frequencies = maps.new_empty(images * quota, classes, dtype=dtype)
         for patches, label in zip(maps.flatten(2).mT, labels, strict=True):  # (P, D), (P, C)
             uniform = torch.rand(len(label), generator=generator).to(label.device)
             chosen = choose_patches(label, quota, uniform)
-            features.append(patches[chosen].to(dtype))
-            frequencies.append(label[chosen].to(dtype))
-    if not any(map(len, features)):
+            end = filled + len(chosen)
+            features[filled:end] = patches[chosen]
+            frequencies[filled:end] = label[chosen]
+            filled = end
+    if filled == 0:
         raise InputError("--data: the training masks hold no labelled pixel")
-    return torch.cat(features), torch.cat(frequencies)
+    return features[:filled], frequencies[:filled]
 
 
 def search(queries: Tensor, memory: Tensor, k: int, chunk: int = 2**14) -> tuple[Tensor, Tensor]:
@@ -340,6 +397,14 @@ def retrieve(
         votes = torch.einsum("qk,qkc->cq", weights, frequencies[indices].float())
         votes = votes.view(1, -1, *image.shape[1:])  # (1, C, h, w)
         yield F.interpolate(votes, size, mode="bilinear")[0].argmax(0)
+
+
+def in_context(backbone, train: list[Item], classes: int, size: int, args) -> Callable:
+    """Learn from items; return a function from features (B, D, h, w) to B maps (size, size)."""
+    batches = patch_features(backbone, train, size, size, "training patches", args)
+    patches, frequencies = collect_patches(batches, len(train), classes, args.memory, args.seed)
+    F.normalize(patches, dim=1, out=patches)  # in place: it can take gigabytes
+    return partial(retrieve, memory=patches, frequencies=frequencies, size=size)
 
 
 # -------------------------------------------------------------------------------------- linear
@@ -391,9 +456,41 @@ def solve_probe(layer: nn.Conv2d, features: Tensor, frequencies: Tensor, rounds:
         layer.bias -= layer.weight[:, :, 0, 0] @ mean
 
 
+def linear(backbone, train: list[Item], classes: int, size: int, args) -> Callable:
+    """Learn from items; return a function from features (B, D, h, w) to B maps (100, 100)."""
+    torch.manual_seed(args.seed)
+    layer = nn.Conv2d(backbone.embed_dim, classes, 1, device=args.device)
+    # The protocol upsamples the features and then applies the layer. Both steps are linear: in
+    # this order the scores are the same, for a fraction of the work.
+    probe = nn.Sequential(layer, nn.Upsample(PROBE_SIZE, mode="bilinear"))
+    if args.dataset == "folder":
+        batches = patch_features(backbone, train, size, size, "training patches", args)
+        solve_probe(layer, *collect_patches(batches, len(train), classes, args.memory, args.seed))
+    else:
+        if args.dataset.startswith("coco"):  # the protocol takes a tenth
+            train = [train[n] for n in torch.randperm(len(train))[: -(-len(train) // 10)]]
+        read = partial(patch_features, backbone, train, size, PROBE_SIZE, "epoch", args, crop=True)
+        epochs = chain.from_iterable(read() for _ in range(args.epochs))
+        train_probe(probe, epochs, args.epochs * -(-len(train) // 128))
+    return lambda features: probe(features).argmax(1)
+
+
+PROTOCOLS = {  # name: how it learns, side of its input, and of the masks (None: the same)
+    "in-context": (in_context, 518, None),
+    "linear": (linear, 448, PROBE_SIZE),
+}
+
+
 # ------------------------------------------------------------------------------------ pictures
+# A row for an image, a column for each way to look at it.
 
 CELL, GAP, LINE, NAME = 280, 6, 24, 140  # width of an image, gap, line of text, name in the legend
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    """The colour of a class: no two alike, and far apart for neighbours."""
+    saturation, value = 90 - number // 4 % 2 * 25, 95 - number % 4 * 15
+    return ImageColor.getrgb(f"hsv({number * 99.5 % 360}, {saturation}%, {value}%)")
 
 
 def feature_colours(maps: Tensor) -> Tensor:
@@ -409,49 +506,111 @@ def feature_colours(maps: Tensor) -> Tensor:
     return colours.to(torch.uint8).view(len(maps), *maps.shape[2:], 3).movedim(-1, 1)
 
 
-def make_picture(items, classes: list[str], predictions: dict, features: dict) -> Image.Image:
-    """Draw an item per row: image, truth, predictions, features; and a legend of the classes.
+def heat(similarity: Tensor, image: Tensor) -> Tensor:
+    """Lay a map (h, w) on an image: from 0, black, by red and yellow to 1, white."""
+    value = resize(similarity[None], list(image.shape[1:]), antialias=False)
+    glow = (3 * value - torch.arange(3.0)[:, None, None]).clamp(0, 1)  # red, then green, then blue
+    return (0.3 * image + 0.7 * 255 * glow).to(torch.uint8)
 
-    For each weights, `predictions` holds a list of maps of class numbers, at any resolution, and
-    `features` the feature maps (R, D, h, w). All weights share one basis of colours.
+
+def mark_middle(image: Tensor) -> Tensor:
+    middle, radius = CELL // 2, 8
+    box = torch.tensor([[middle - radius] * 2 + [middle + radius] * 2])
+    return draw_bounding_boxes(image, box, colors="white", width=2)
+
+
+def similarities(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines to the patch in the middle of each map (R, D, h, w): of its own map and of the next.
+
+    Both are (R, h, w), and run from 0 for the least similar patch of the two maps to 1.
     """
-    palette = []
-    for n in range(len(classes)):  # far apart for neighbours
-        saturation, value = 85 - n // 3 % 2 * 30, 95 - n % 3 * 25
-        palette.append(ImageColor.getrgb(f"hsv({222 * n % 360}, {saturation}%, {value}%)"))
-    colours = feature_colours(torch.cat([*features.values()])).chunk(len(features))
-    rows, seen = [], set()
-    for row, (path, mask_path, values) in enumerate(items):
-        image = neco.read_image(path)
-        image = resize(image, [CELL * image.shape[1] // image.shape[2], CELL], antialias=True)
-        cells = [image]
-        for mask in [read_mask(mask_path, values), *(maps[row] for maps in predictions.values())]:
-            mask = resize(mask[None].byte().cpu(), image.shape[1:], NEAREST)
-            areas = mask == torch.arange(len(classes))[:, None, None]
-            cells.append(draw_segmentation_masks(image, areas, alpha=0.8, colors=palette))
-            seen.update(mask.unique().tolist())
-        cells += [resize(maps[row], image.shape[1:], NEAREST) for maps in colours]
-        rows.append(make_grid(cells, nrow=len(cells), padding=GAP, pad_value=255))
+    unit = F.normalize(maps.cpu(), dim=1)
+    h, w = unit.shape[2:]
+    middle = unit[:, :, h // 2, w // 2]
+    both = torch.stack([unit, unit.roll(-1, dims=0)], dim=1)  # (R, 2, D, h, w)
+    found = torch.einsum("rd,rkdhw->rkhw", middle, both)
+    low = found.amin((1, 2, 3), keepdim=True)
+    found = (found - low) / (1 - low).clamp(min=1e-12)
+    return found[:, 0], found[:, 1]
 
-    body, seen = to_pil_image(torch.cat(rows, dim=1)), sorted(seen - {IGNORE})
+
+def make_sheet(columns: list, titles: list[str], legend: dict) -> Image.Image:
+    """Put columns of images (3, 280, 280) below their titles; the legend: names and colours."""
+    cells = [cell for row in zip(*columns) for cell in row]
+    body = to_pil_image(make_grid(cells, nrow=len(columns), padding=GAP, pad_value=255))
     per_line, top = body.width // NAME, LINE + body.height
-    sheet = Image.new("RGB", (body.width, top + LINE * -(-len(seen) // per_line)), "white")
+    sheet = Image.new("RGB", (body.width, top + LINE * -(-len(legend) // per_line)), "white")
     sheet.paste(body, (0, LINE))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    titles = [f"{name[-22:]}: {what}" for what in ("prediction", "features") for name in features]
-    for column, title in enumerate(["image", "truth", *titles]):
+    for column, title in enumerate(titles):
         draw.text((GAP + column * (CELL + GAP), 4), title, "black", font)
-    for place, number in enumerate(seen):
+    for place, (name, fill) in enumerate(legend.items()):
         x, y = GAP + place % per_line * NAME, top + place // per_line * LINE
-        draw.rectangle((x, y + 2, x + 16, y + 18), palette[number], "black")
-        draw.text((x + 24, y), classes[number][:14], "black", font)
+        draw.rectangle((x, y + 2, x + 16, y + 18), fill, "black")
+        draw.text((x + 24, y), name[:14], "black", font)
     return sheet
+
+
+def overlay(image: Tensor, mask: Tensor, classes: int) -> Tensor:
+    """Paint the classes of a mask (M, M) over an image (3, H, W)."""
+    mask = resize(mask[None].byte().cpu(), list(image.shape[1:]), NEAREST)
+    areas = mask == torch.arange(classes)[:, None, None]
+    return draw_segmentation_masks(image, areas, 0.8, [colour(n) for n in range(classes)])
+
+
+def picture_of_items(shown, classes, predictions, features) -> Image.Image:
+    """Draw items as the network sees them, their masks, and predictions and features of weights.
+
+    For each weights, `predictions` holds a list of maps of class numbers, and `features` the maps
+    (R, D, h, w), which are drawn in axes of their own: two networks share none.
+    """
+    images, masks = read_batch(shown, CELL, CELL, crop=False)
+    columns = [images, [overlay(*pair, len(classes)) for pair in zip(images, masks)]]
+    titles = ["image", "truth"]
+    for number, maps in enumerate(predictions.values(), 1):
+        columns.append([overlay(*pair, len(classes)) for pair in zip(images, maps)])
+        titles.append(f"prediction of {number}")
+    for number, maps in enumerate(features.values(), 1):
+        columns.append(resize(feature_colours(maps), [CELL, CELL], NEAREST))
+        titles.append(f"features of {number}")
+    seen = {n for mask in masks for n in mask.unique().tolist()} - {IGNORE}
+    legend = {classes[n]: colour(n) for n in sorted(seen)}
+    return make_sheet(columns, titles, legend)
+
+
+def show_photographs(args, backbones: dict) -> int:
+    """Draw what changed in photographs without masks: features, and where a place is found again.
+
+    They are spread over the folder, and cut to the square in their middle.
+    """
+    files = neco.find_images(args.data)
+    count = min(args.pictures, len(files))
+    if count == 0:
+        raise InputError(f"--data {args.data} holds neither train and val, nor photographs to draw")
+    photos = []
+    for n in range(count):
+        photo = read_photo(os.fsdecode(files[n * len(files) // count]))
+        photos.append(center_crop(photo, min(photo.shape[1:])))
+    cells = [resize(photo, [CELL, CELL], antialias=True) for photo in photos]
+    columns, titles = [cells], ["photograph"]
+    for number, backbone in enumerate(backbones.values(), 1):
+        size = backbone.checked_size("--size", args.size, 518)
+        images = [resize(photo, [size, size], antialias=True) for photo in photos]
+        maps = features_of(backbone.to(args.device), torch.stack(images), args.precision).cpu()
+        here, there = similarities(maps)
+        columns.append(resize(feature_colours(maps), [CELL, CELL], NEAREST))
+        columns.append([mark_middle(heat(*pair)) for pair in zip(here, cells)])
+        columns.append([heat(*pair) for pair in zip(there, cells[1:] + cells[:1])])
+        titles += [f"features of {number}", f"{number}: like the middle", "the same, in the next"]
+    make_sheet(columns, titles, {}).save(args.out / "picture.png")
+    print(f"wrote picture.png to {args.out}")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------- demo
 # Textures on shapes, in any colour. The start is taught that colour and the whole image matter,
 # which is wrong for these masks, and NeCo has to unlearn it. So short a run takes large rates, and
-# its teacher lags behind: the student is evaluated. After a full run it is the teacher.
+# its teacher lags behind: the student is evaluated.
 
 DEMO = (
     "--backbone tiny --hidden 128 --batch-size 8 --steps 240 --global-size 98 --local-size 42 "
@@ -465,11 +624,13 @@ def paint(textures: Tensor, hues: Tensor, size: int) -> Tensor:
     Textures (n,) 0 to 3 are stripes, turned by 45 degrees each, 4 and 5 are checks; half a number
     more turns by 22.5. Hues (n,) are in turns of the colour circle. All else is random.
     """
-    n, textures = len(textures), textures.view(-1, 1, 1)
+    n = len(textures)
+    textures = textures.view(-1, 1, 1)
     turn, width, *phases = torch.rand(4, n, 1, 1)
     angle = textures % 4 * torch.pi / 4 + 0.3 * (turn - 0.5)
     y, x = torch.arange(size).view(-1, 1), torch.arange(size)
-    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    along = x * angle.cos() + y * angle.sin()
+    across = y * angle.cos() - x * angle.sin()
     waves = torch.stack([along, across]) / (8 + 5 * width) + torch.stack(phases)  # 8 to 13 pixels
     first, second = (2 * torch.pi * waves).sin()
     pattern = torch.where(textures < 4, first, first * second).sign()[:, None]
@@ -488,10 +649,10 @@ def write_demo_images(folder: Path, size: int = 140) -> None:
         for i in range(count):
             ground, *shapes = torch.randperm(6)[:4].tolist()
             mask = Image.new("L", (size, size), ground)
+            draw = ImageDraw.Draw(mask)
             for label in shapes:
                 w, h = torch.randint(50, 88, (2,)).tolist()
                 left, top = (torch.rand(2) * (size - torch.tensor([w, h]))).int().tolist()
-                draw = ImageDraw.Draw(mask)
                 shape = draw.rectangle if torch.rand(()) < 0.5 else draw.ellipse
                 shape((left, top, left + w, top + h), label)
             classes = torch.from_numpy(np.array(mask)).long().expand(1, 3, -1, -1)
@@ -524,48 +685,18 @@ def demo(out: Path, seed: int) -> int:
     print(f"1. Images, in {out}/data: a class is a texture, colour tells nothing.")
     write_demo_images(out / "data")
     print(f"2. A stand-in for pretraining, on labels of whole images and colours: {out}/start.pth.")
-    neco.save(out / "start.pth", warm_up().model.state_dict())
+    torch.save(warm_up().model.state_dict(), out / "start.pth")
     flags = f"--data {out}/data/train/images --weights {out}/start.pth --out {out} --seed {seed}"
     print(f"3. NeCo, without labels: python neco.py {flags} {DEMO}")
     neco.main(f"{flags} {DEMO}".split())
     weights = f"{out}/start.pth {out}/student.pth --pictures 3 --out {out}"
     flags = f"--data {out}/data --backbone tiny --size 140 --weights {weights}"
     print(f"4. Before and after (the teacher still lags behind): python eval_seg.py {flags}")
-    main(flags.split())
-    print("Look at the picture. Next, on your own images: python neco.py --data FOLDER")
-    return 0
+    return main(flags.split())
 
 
 # -------------------------------------------------------------------------------- command line
 # Sizes, memory and epochs are the protocol's. What both scripts have in common stands in neco.py.
-
-SIZES = {"in-context": 518, "linear": 448}  # side of the input in pixels
-NOTE = """Published tables of the public evaluator let pixels without label vote, count 151 classes
-on ADE20K, match classes (Hungarian) and have another deviation of blue: compare in this table."""
-
-
-def learn(method: str, read: Callable, train: list[Item], size: int, layer: nn.Conv2d, args):
-    """Learn from the training items; return a function from features to maps of class numbers.
-
-    `read` is `patch_features` of the backbone, and `layer` a new 1x1 convolution for a probe.
-    """
-    # The protocol upsamples the features and then applies the layer. Both steps are linear: in
-    # this order the scores are the same, for a fraction of the work.
-    probe = nn.Sequential(layer, nn.Upsample(PROBE_SIZE, mode="bilinear"))
-    if method == "linear" and args.dataset != "folder":
-        if args.dataset.startswith("coco"):  # the protocol takes a tenth
-            train = [train[n] for n in torch.randperm(len(train))[: -(-len(train) // 10)]]
-        epochs = (read(train, size, PROBE_SIZE, "epoch", crop=True) for _ in range(args.epochs))
-        train_probe(probe, chain.from_iterable(epochs), args.epochs * -(-len(train) // 128))
-        return lambda features: probe(features).argmax(1)
-
-    batches, quota = read(train, size, size, "training patches"), args.memory // len(train)
-    patches, frequencies = collect_patches(batches, layer.out_channels, max(1, quota), args.seed)
-    if method == "linear":
-        solve_probe(layer, patches, frequencies)
-        return lambda features: probe(features).argmax(1)
-    F.normalize(patches, dim=1, out=patches)  # in place: it can take gigabytes
-    return partial(retrieve, memory=patches, frequencies=frequencies, size=size)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -575,64 +706,75 @@ def compare(args: argparse.Namespace) -> int:
         return demo(args.out, args.seed)
     if args.data is None:
         raise InputError("--data is missing: name the folder of the data set, or try --demo")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "picture.png"):  # of other weights, perhaps
+        (args.out / name).unlink(missing_ok=True)
     backbones = {}
-    for weights in args.weights:
+    for number, weights in enumerate(args.weights, 1):
         torch.manual_seed(args.seed)  # tiny without weights is random
         file = None if weights == "none" else weights
         backbones[weights] = neco.load_backbone(args.backbone, args.hub, file)
-    args.out.mkdir(parents=True, exist_ok=True)
+        print(f"{number}: {weights}")
+    splits = [args.data / split for split in ("train", "val")]
+    if args.dataset == "folder" and args.data.exists() and not any(map(Path.exists, splits)):
+        return show_photographs(args, backbones)
+
     train, val, classes = load_dataset(args.dataset, args.data)
     print(f"{len(classes)} classes, {len(train):,} images to learn from, {len(val):,} to predict")
     shown = [val[n * len(val) // args.pictures] for n in range(args.pictures)]
-    read_with = partial(patch_features, workers=args.workers, precision=args.precision)
     record = {"settings": vars(args)}
-    for method in SIZES if args.method == "both" else [args.method]:
+    for method in PROTOCOLS if args.method == "both" else [args.method]:
+        learn, default_size, mask_size = PROTOCOLS[method]
         results, predictions, features = {}, {}, {}
         for weights, backbone in backbones.items():
-            size = backbone.checked_size("--size", args.size, SIZES[method])
-            mask_size = PROBE_SIZE if method == "linear" else size
-            torch.manual_seed(args.seed)
-            layer = nn.Conv2d(backbone.embed_dim, len(classes), 1, device=args.device)
-            read = partial(read_with, backbone.to(args.device))
-            predict = learn(method, read, train, size, layer, args)
-            results[weights] = evaluate(predict, read(val, size, mask_size, method), classes)
-            if shown and len(record) == 1:  # of two methods, the first is drawn
-                maps = torch.cat([maps for maps, _ in read(shown, size, size, "pictures")])
-                predictions[weights], features[weights] = [*predict(maps)], maps.cpu()
+            size = backbone.checked_size("--size", args.size, default_size)
+            predict = learn(backbone.to(args.device), train, len(classes), size, args)
+            batches = patch_features(backbone, val, size, mask_size or size, method, args)
+            results[weights] = evaluate(predict, batches, classes)
+            if shown:
+                batches = patch_features(backbone, shown, size, size, "pictures", args)
+                features[weights] = torch.cat([maps for maps, _ in batches])
+                predictions[weights] = [*predict(features[weights])]
             del predict  # and its memory, before the next is collected
             backbone.cpu()
         record[method] = results
-        neco.save(args.out / "results.json", json.dumps(record, indent=1, default=str))
-        print(f"\n{method}, {size} px".ljust(23), *(f"{name[-21:]:>22}" for name in results))
-        for name in results[weights]:
-            row = [scores[name] for scores in results.values()]
-            print(f"{name[:22]:22}", *(f"{value:12.2f} ({value - row[0]:+7.2f})" for value in row))
-        print(f"mIoU is the mean over the {len(results[weights]) - 1} classes that occur")
-        if method == "in-context" and args.dataset in ("voc", "ade20k"):
-            print(NOTE)
-        if features:
-            make_picture(shown, classes, predictions, features).save(args.out / "picture.png")
-    print(f"\nwrote results.json{', picture.png' * bool(shown)} to {args.out}")
+        (args.out / "results.json").write_text(json.dumps(record, indent=1, default=str))
+        print_table(f"{method}, {size} px", results)
+        if shown:  # of two methods, the first is drawn
+            picture = picture_of_items(shown, classes, predictions, features)
+            picture.save(args.out / "picture.png")
+            shown = []
+    print(f"\nwrote results.json{', picture.png' * bool(args.pictures)} to {args.out}")
     return 0
+
+
+def print_table(title: str, results: dict) -> None:
+    """Print IoU by class and weights, with the difference to the first weights."""
+    names = [f"{number} {weights[-18:]}" for number, weights in enumerate(results, 1)]
+    print(f"\n{title}".ljust(23), *(f"{name:>22}" for name in names))
+    for name in next(iter(results.values())):
+        row = [scores[name] for scores in results.values()]
+        print(f"{name[:22]:22}", *(f"{value:12.2f} ({value - row[0]:+7.2f})" for value in row))
+    print("mIoU is the mean over the classes that occur")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status, or raise SystemExit(2) after bad input."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("eval_seg.py", description=__doc__, formatter_class=layout)
-    add = parser.add_argument
-    add("--demo", action="store_true", help="make images, train, evaluate; takes --out and --seed")
-    add("--data", type=Path, help="folder of the data set, as its archives unpack")
-    add("--dataset", choices=DATASETS, default="folder", help="its layout (%(default)s)")
-    add("--weights", nargs="+", default=["none"], help="files or URLs; none for those of the hub")
-    add("--method", choices=[*SIZES, "both"], default="both", help="protocol (%(default)s)")
-    add("--size", type=int, help="side of the input (518 in-context, 448 linear, or a bit less)")
-    add("--memory", type=int, default=10_240_000, help="patches kept at most (%(default)s)")
-    add("--epochs", type=int, default=25, help="of SGD on a probe (%(default)s)")
-    add("--pictures", type=int, default=0, help="validation images in picture.png (%(default)s)")
-    add("--out", type=Path, help="folder for the results (runs/eval, runs/demo)")
-    common = "backbone", "hub", "device", "precision", "workers", "seed"
-    return neco.run_command(parser, common, argv, compare)
+    parser, add = neco.flags("eval_seg.py --data FOLDER [options]")
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    text = "make images, train, evaluate; takes --out and --seed"
+    parser.add_argument("--demo", action="store_true", help=text)
+    natural = neco.number(int, 1)
+    add("--data", Path, None, "folder of the data set, as its archives unpack, or of photographs")
+    add("--dataset", str, "folder", "its layout", choices=DATASETS)
+    add("--weights", str, ["none"], "files or URLs; none for those of the hub", nargs="+")
+    add("--method", str, "both", "protocol", choices=[*PROTOCOLS, "both"])
+    add("--size", natural, None, "side of the input (518 in-context, 448 linear, or a bit less)")
+    add("--memory", natural, 10_240_000, "patches kept at most")
+    add("--epochs", natural, 25, "of SGD on a probe")
+    add("--pictures", neco.number(int, 0), 6, "images in picture.png")
+    add("--out", Path, None, "folder for the results (runs/eval, runs/demo)")
+    return neco.run_command(compare, parser, argv)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,30 @@
 """NeCo (Patch Neighbor Consistency, arXiv 2408.11054, ICLR 2025) in one file.
 
 NeCo post-trains a pretrained vision transformer on unlabelled images, so that its patch features
-serve dense tasks better. Student and teacher see different crops of one image. Two patches that
-show the same place, one of each, are compared with the same reference patches, drawn at random
-from a queue of teacher patches, and the student learns to rank these references by similarity as
-the teacher does: a whole order of neighbours says more than one match, and it should not depend on
-crop and colour. A differentiable sorting network turns similarities into rankings.
+serve dense tasks better. A student and a teacher, which is the student's slow average, see
+different crops of one image. Take a patch of each that show the same place, and compare both with
+the same reference patches, drawn at random from a queue of teacher patches. The student learns to
+rank these references by similarity as the teacher does: a whole order of neighbours says more than
+one match, and it should not depend on crop and colour. A differentiable sorting network turns the
+similarities into a ranking: the probability of each reference to take each rank.
+
+The loss is the cross-entropy of the two rankings. It cannot fall below the entropy of the teacher's
+ranking, its floor. If all similarities became equal, so would all rankings, and the loss would rest
+at its floor, log R for R references: nothing in the loss forbids this collapse. Small steps, a slow
+teacher and a steep sort of the teacher's work against it. So watch the floor: a low loss means
+nothing by itself, and a floor that climbs towards log R is collapse.
 
     python neco.py --data coco/train2017                              # the paper's recipe
     python neco.py --data photos --steps 2000 --batch-size 16         # a shorter run
     torchrun --nproc-per-node 4 neco.py --data coco/train2017         # on four GPUs
 
-The file reads as the paper does. Its parts can be copied: `soft_sort` with `sorting_network`;
-`neco_loss` with these two and `RankingLoss`; `make_views` with `random_boxes`, `change_colours` and
-`GLOBAL_CROPS`; `align` alone.
+The file reads as the paper does: backbone, sorting, loss, views, training. To copy the sort, take
+`sorting_network` and `soft_sort`; for the loss also `cosine_similarity`, `neco_loss` and
+`RankingLoss`; for the views, all of their section.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import math
@@ -26,8 +34,8 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,10 +57,13 @@ class InputError(ValueError):
 # Any vision transformer of torch.hub that gives its patch tokens after the final norm, as DINO,
 # DINOv2 and DINOv3 do. Class and register tokens are left out: NeCo works on patches alone.
 
-HUBS = {  # by the beginning of a backbone's name
-    "dinov2_": "facebookresearch/dinov2",
-    "dinov3_": "facebookresearch/dinov3",  # weights on request only: give them by --weights
-    "dino_": "facebookresearch/dino:main",
+HUBS = {  # by what a backbone's name begins with: its hub, and what that is asked for
+    "dinov2": ("facebookresearch/dinov2", {"drop_path_rate": 0.1}),
+    # DINOv3 needs `pip install torchmetrics termcolor`; its weights come on request only, and are
+    # given by --weights. It offers no drop path. In training mode it rescales its positions at
+    # random, so the student's and not the teacher's: as in its own pretraining, and left at that.
+    "dinov3": ("facebookresearch/dinov3", {}),
+    "dino": ("facebookresearch/dino:main", {"drop_path_rate": 0.1}),
 }
 
 
@@ -60,18 +71,22 @@ class TinyViT(nn.Module):
     """A small vision transformer for trials: DINOv2's patch size and interface, random weights."""
 
     patch_size = 14
+    embed_dim = 64
 
-    def __init__(self, embed_dim: int = 64, depth: int = 3, heads: int = 2):
+    def __init__(self):
         super().__init__()
-        self.embed_dim = embed_dim
-        patches = nn.Conv2d(3, 24, 5, 2, 2), nn.GELU(), nn.Conv2d(24, embed_dim, 7, 7)
-        self.patch_embed = nn.Sequential(*patches)  # a stem of two layers learns textures sooner
-        layer = functools.partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True)
-        blocks = (layer(embed_dim, heads, 4 * embed_dim, 0.0, "gelu") for _ in range(depth))
-        self.blocks, self.norm = nn.Sequential(*blocks), nn.LayerNorm(embed_dim)
+        self.stem = nn.Sequential(  # two layers learn textures sooner than one
+            nn.Conv2d(3, 24, kernel_size=5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Conv2d(24, 64, kernel_size=7, stride=7),
+        )
+        options = {"activation": "gelu", "norm_first": True, "batch_first": True}
+        blocks = [nn.TransformerEncoderLayer(64, 2, 256, 0.0, **options) for _ in range(3)]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(64)
 
-    def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
-        tokens = self.patch_embed(images).flatten(2).mT  # (B, h * w, D); textures need no positions
+    def get_intermediate_layers(self, images, *, n=1):
+        tokens = self.stem(images).flatten(2).mT  # (B, h * w, D); textures need no positions
         return [self.norm(self.blocks(tokens))]
 
 
@@ -80,18 +95,23 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.embed_dim = model, model.embed_dim
+        self.model = model
+        self.embed_dim = model.embed_dim
         self.patch_size = getattr(model, "patch_size", None) or model.patch_embed.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
-        h, w = (side // self.patch_size for side in images.shape[-2:])
-        tokens = self.model.get_intermediate_layers(images, 1)[0]  # in DINO with the class token
-        return tokens[:, -h * w :].mT.unflatten(2, (h, w))  # (B, h * w, D) -> (B, D, h, w)
+        h = images.shape[2] // self.patch_size
+        w = images.shape[3] // self.patch_size
+        tokens = self.model.get_intermediate_layers(images, n=1)[0]
+        patches = tokens[:, -h * w :]  # DINO has its class token in front
+        return patches.mT.unflatten(2, (h, w))  # (B, h * w, D) -> (B, D, h, w)
 
-    def checked_size(self, flag: str, asked: int | None, default: int) -> int:
-        """The side of images, as asked or by default, in pixels: a multiple of the patch size."""
-        size = default // self.patch_size * self.patch_size if asked is None else asked
-        if size < 1 or size % self.patch_size:
+    def checked_size(self, flag, asked, default):
+        """The side of images in pixels, as asked or by default: a multiple of the patch size."""
+        size = asked
+        if asked is None:
+            size = default // self.patch_size * self.patch_size
+        if size % self.patch_size:
             raise InputError(f"{flag} {size}: give a multiple of the patch size, {self.patch_size}")
         return size
 
@@ -103,71 +123,92 @@ def load_backbone(
 
     Args:
         name: entry point of the hub, or `tiny` for the small random one of this file.
-        hub: `owner/repo[:ref]` on GitHub, whose code is run, or a local folder with a hubconf.py.
-            Default: the one in HUBS.
+        hub: `owner/repo[:branch, tag or commit]` on GitHub, whose code is run, or a local folder
+            with a hubconf.py. Default: the one in HUBS.
         weights: file or URL of a state dict instead of the hub's: of this project, of the model's
             authors, or a published NeCo checkpoint. Its head is left out, all else must match.
 
     Returns:
-        A module with `patch_size` p, `embed_dim` D and `forward(images)`: ImageNet-normalised
-        images (B, 3, H, W), H and W multiples of p, to features (B, D, H/p, W/p). In training
-        mode it drops residual branches (drop path 0.1) if the hub's entry point offers that.
+        A module in training mode with `patch_size` p, `embed_dim` D and `forward(images)`, from
+        ImageNet-normalised images (B, 3, H, W), H and W multiples of p, to (B, D, H/p, W/p).
 
     Raises:
-        InputError: the name is unknown, the hub out of reach, or the weights do not fit.
+        InputError: the hub is out of reach, has no such vision transformer, or the weights do not
+            fit.
     """
-    hub = hub or next((HUBS[start] for start in HUBS if name.startswith(start)), None)
-    if hub is None and name != "tiny":
-        known = ", ".join(f"{start}*" for start in HUBS)
-        raise InputError(f"--backbone {name}: give one of {known}, tiny, or its hub by --hub")
+    start = name.split("_")[0]
+    default_hub, options = HUBS.get(start, (None, {}))
+    hub = default_hub if hub is None else hub
     try:
-        source = "local" if hub and Path(hub).is_dir() else "github"
-        options = {"source": source, "trust_repo": True, "pretrained": weights is None}
-        try:
-            model = torch.hub.load(hub, name, drop_path_rate=0.1, **options) if hub else TinyViT()
-        except TypeError:  # an entry point without drop path
-            model = torch.hub.load(hub, name, **options)
-    except Exception as error:  # the network, and the code of the hub, may raise anything
-        advice = "give owner/repo or a folder with hubconf.py; without a network also --weights"
-        raise InputError(f"--hub {hub} cannot build {name} ({error}): {advice}") from error
-    if weights is not None:
-        load = torch.hub.load_state_dict_from_url if "://" in weights else torch.load
-        try:
-            state = load(weights, map_location="cpu", weights_only=True)
-            state, own = state.get("state_dict", state), model.state_dict()
-            heads = ("projection_head.", "head.", "dino_head.", "ibot_head.")
-            state = {k: state[k] for k in state if k in own or not k.startswith(heads)}
-            model.load_state_dict(state)
-        except Exception as error:  # torch.load raises errors of many kinds
-            raise InputError(f"--weights {weights} is not of {name}: {str(error)[:300]}") from error
-    return Backbone(model).train()
+        if hub is not None:
+            source = "local" if os.path.isdir(hub) else "github"
+            options = {"source": source, "pretrained": weights is None, **options}
+            options["skip_validation"] = True  # it knows branches and tags, but no commits
+            model = torch.hub.load(hub, name, trust_repo=True, **options)
+        elif name == "tiny":
+            model = TinyViT()
+        else:
+            raise ValueError("in none of the hubs")
+        backbone = Backbone(model).eval()
+        side = 2 * backbone.patch_size
+        with torch.no_grad():  # a trial, as hubs have models of other kinds too
+            backbone(torch.zeros(1, 3, side, side))
+        if weights is not None:
+            load_weights(model, weights)
+    except Exception as error:  # the network, the code of the hub and torch.load may raise anything
+        raise InputError(
+            f"--backbone {name}, --hub {hub}, --weights {weights}: {str(error)[:300]}; give "
+            "dinov2_*, dinov3_*, dino_*, tiny, or another vision transformer and its --hub "
+            "(owner/repo, or a folder with hubconf.py); without a network, a folder and --weights"
+        ) from error
+    return backbone.train()
+
+
+def load_weights(model: nn.Module, weights: str) -> None:
+    """Load a state dict from a file or URL into a model, without the heads of its training."""
+    if "://" in weights:
+        name = f"{zlib.crc32(weights.encode())}.pth"  # by default the last part of the URL alone
+        load = functools.partial(torch.hub.load_state_dict_from_url, file_name=name)
+    else:
+        load = torch.load
+    state = load(weights, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    own = model.state_dict()
+    heads = ("projection_head.", "head.", "dino_head.", "ibot_head.")
+    state = {key: state[key] for key in state if key in own or not key.startswith(heads)}
+    model.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------- sorting
-# A sorting network compares fixed pairs of wires, layer by layer, and swaps what is out of order.
-# Relaxed, a comparator mixes its two wires instead. Mixing the rows of the identity in the same
-# way gives a soft permutation: the probability of each item to take each rank.
+# A wire holds a number. A comparator joins two wires and swaps their numbers if the larger one is
+# on the lower wire; a sorting network is a fixed list of comparators, in layers of such as can work
+# at the same time. Relaxed, a comparator mixes its two numbers: hardly if they are in order, almost
+# a swap if not. To see who takes which rank, let each wire also keep a row with the share of every
+# item in its number, and mix these rows as the numbers. In the end they are a soft permutation.
 
 
 @functools.cache
 def sorting_network(n: int, device: torch.device | str = "cpu") -> list[Tensor]:
     """Return the bitonic sorting network of n >= 1 wires as a list of stages.
 
-    Stage k = 0, 1, ... merges pairs of sorted blocks of 2^k wires. It is a tensor (k + 1, n): entry
-    [layer, i] is the wire that wire i is compared with, or i itself where it is left alone. The
-    smaller value always goes to the lower wire.
+    Stage k = 0, 1, ... merges pairs of sorted blocks of 2^k wires. It is a tensor (k + 1, n), a row
+    for each layer: its entry i is the wire that wire i is compared with, or i itself where it is
+    left alone. The smaller value always goes to the lower wire. For n = 4 there are two stages:
+    [[1, 0, 3, 2]], then [[3, 2, 1, 0], [1, 0, 3, 2]].
 
     Source: Batcher, "Sorting networks and their applications", 1968. A merge into blocks of S wires
     compares wire i with its mirror image in the block, i XOR (S - 1), which replaces reversing one
     half, and then with i XOR S/4, S/8, ..., 1. If n is no power of two, think of smallest elements
     in front, up to the next one: they never move, so they are left out.
     """
-    stages, network = (n - 1).bit_length(), []
+    stages = (n - 1).bit_length()
     front = 2**stages - n  # wires that are left out
+    network = []
     with torch.inference_mode(False):  # what is cached must serve training too
         wires = torch.arange(front, 2**stages, device=device)
         for stage in range(stages):
-            masks = [2 ** (stage + 1) - 1] + [2**k for k in reversed(range(stage))]
+            masks = [2 ** (stage + 1) - 1]  # the mirror image
+            masks += [2**k for k in reversed(range(stage))]
             partners = torch.stack([wires ^ mask for mask in masks])
             network.append(torch.where(partners < front, wires, partners) - front)
     return network
@@ -191,58 +232,49 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
     """
     lead, n = x.shape[:-1], x.shape[-1]
     x = x if x.dtype == torch.float64 else x.float()
-    x = x.reshape(-1, n).T.contiguous()  # (n, rows): a gather copies whole rows
-    permutation = x[:, None] * 0 + 1  # ones (n, columns, rows) that depend on x, also for n = 1
-    network, wires = sorting_network(n, x.device), torch.arange(n, device=x.device)
+    x = x.reshape(-1, n).T.contiguous()  # (n, B): reading a wire copies a whole row
+    network = sorting_network(n, x.device)
+    wires = torch.arange(n, device=x.device)
+    # A share is stored only where it can differ from 0, which saves half the work. Before stage k a
+    # wire mixes items of its own block of 2^k wires alone: a column for each of these is enough.
+    # Four wires with the items a, b, c and d have the columns
+    #     start:    [a]  [b]  [c]  [d]
+    #     stage 0:  [a b]  [a b]  [c d]  [c d]
+    #     stage 1:  [a b c d] on every wire
+    permutation = x[:, None] * 0 + 1  # (n, 1, B): each wire holds all of its own item
     for stage, layers in enumerate(network):
-        # So far a wire mixes items of its own block alone, and has a column for each of them: that
-        # saves half the work. To merge two blocks the columns double, first those of the left block
-        # and then those of the right one, with zeros where an item is of the other block. The last
-        # stage drops the first columns, of the wires that are left out.
+        # Two blocks merge: columns for the items of the left block, then for those of the right.
+        # A wire has zeros for the block it is not of. If n is no power of two, the first columns of
+        # the last stage belong to wires that are left out.
         block = (wires + 2 ** len(network) - n) >> stage
-        right = (block & 1).to(x.dtype)[:, None, None]  # 1 in the second one of two blocks
-        permutation = torch.cat([permutation * (1 - right), permutation * right], dim=1)[:, -n:]
+        right = (block % 2).view(-1, 1, 1)  # 1 on the wires of a right block, else 0
+        columns = [permutation * (1 - right), permutation * right]
+        permutation = torch.cat(columns, dim=1)[:, -n:]
         for partner in layers:
-            # The sign is 1 on the lower wire and -1 on the upper: both get x_hi - x_lo.
-            gap = (partner - wires).sign()[:, None] * (x.index_select(0, partner) - x)
-            # atan2(1, z) / pi is 1/2 - atan(z) / pi, and keeps its digits where that is small.
-            w = torch.atan2(torch.ones_like(x), gap * steepness) / math.pi  # (n, rows)
-            x = torch.lerp(x, x.index_select(0, partner), w)
-            permutation = torch.lerp(permutation, permutation.index_select(0, partner), w[:, None])
-    return x.T.reshape(*lead, n), permutation.permute(2, 0, 1).reshape(*lead, n, n)
+            sign = (partner - wires).sign()[:, None]  # 1 on a lower wire, -1 on an upper one
+            other = x.index_select(0, partner)
+            gap = sign * (other - x)  # x_hi - x_lo on both, (n, B)
+            # This is 1/2 - atan(s gap) / pi, and keeps its digits where that is small.
+            w = torch.atan2(torch.ones_like(x), gap * steepness) / math.pi
+            x = torch.lerp(x, other, w)
+            other = permutation.index_select(0, partner)
+            permutation = torch.lerp(permutation, other, w[:, None])
+    values = x.T.reshape(*lead, n)
+    return values, permutation.permute(2, 0, 1).reshape(*lead, n, n)
 
 
 # ---------------------------------------------------------------------------------------- loss
+# Two patches of the same place, one of the student and one of the teacher, are compared with the
+# same R references. The student's ranking P of these must become the teacher's, Q.
 
 
-class RankingLoss(torch.autograd.Function):
-    """Cross-entropy of two soft permutations, from similarities (rows, R) to the references.
-
-    Autograd stores dozens of R x R matrices for each row. As the loss is a mean, value and
-    gradient are computed together, a block of rows at a time, and these are freed at once.
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, steepness: float, teacher_steepness: float) -> Tensor:
-        # rows of a block: enough to keep a GPU busy, or few enough for a core's cache
-        rows = max(1, (2**25 if student.is_cuda else 2**19) // student.shape[1] ** 2)
-        total, gradients = student.new_zeros(()), []
-        for x, y in zip(student.split(rows), teacher.split(rows), strict=True):
-            _, Q = soft_sort(y, teacher_steepness)
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                _, P = soft_sort(x, steepness)
-                log_P = P.clamp_min(torch.finfo(P.dtype).tiny).log()
-                loss = -(Q * log_P).sum() / student.numel()
-            gradients += torch.autograd.grad(loss, x)
-            total += loss.detach()
-        ctx.save_for_backward(*gradients)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        return grad * torch.cat(ctx.saved_tensors), None, None, None
+def cosine_similarity(patches: Tensor, references: Tensor) -> Tensor:
+    """Patches (..., N, D), references (..., R, D) -> (..., N, R) in float32 (float64 if given)."""
+    with torch.autocast(patches.device.type, enabled=False):
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        patches = F.normalize(patches.to(dtype), dim=-1)
+        references = F.normalize(references.to(dtype), dim=-1)
+        return patches @ references.mT
 
 
 def neco_loss(
@@ -258,14 +290,16 @@ def neco_loss(
         student: patch features (..., N, D) that are trained. Need not be normalised.
         teacher: features (..., N, D) of the same places in another view; gets no gradient.
         references: the R patches that all N are compared with, (..., R, D); get no gradient.
-        steepness: of the student's sorting network, and of the teacher's unless that is given.
+        steepness: s > 0 of the student's sorting network, and of the teacher's by default.
         teacher_steepness: above `steepness`, it sharpens the target.
 
     Returns:
         -(Q * log P), summed over ranks and averaged over patches and items, with Q the teacher's
         soft permutation [rank, item] and P the student's: a scalar, float32, or float64 for float64
-        features; differentiable once. It is the entropy of Q (its floor, at most log R) plus the
-        divergence of P from Q, which is 0 where both rank alike.
+        features; differentiable once. It is the entropy of Q (`ranking_entropy`, at most log R)
+        plus the divergence of P from Q. That is 0 if P = Q: if the similarities are the same,
+        gaps included. The same order with other gaps costs a little; nor is it 0 for equal
+        features if the steepnesses differ.
 
     Raises:
         ValueError: student and teacher have different shapes.
@@ -274,85 +308,151 @@ def neco_loss(
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)}, but teacher {tuple(teacher.shape)}")
-    with torch.autocast(student.device.type, enabled=False):
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        parts = (student, teacher.detach(), references.detach())
-        student, teacher, references = (F.normalize(part.to(dtype), dim=-1) for part in parts)
-        cosines = [(part @ references.mT).flatten(0, -2) for part in (student, teacher)]
-        return RankingLoss.apply(*cosines, steepness, teacher_steepness or steepness)
+    if teacher_steepness is None:
+        teacher_steepness = steepness
+    references = references.detach()
+    x = cosine_similarity(student, references).flatten(0, -2)  # (B, R), B patches in all
+    y = cosine_similarity(teacher.detach(), references).flatten(0, -2)
+    return RankingLoss.apply(x, y, steepness, teacher_steepness)
+
+
+class RankingLoss(torch.autograd.Function):
+    """Cross-entropy of the soft permutations of similarities x and y, (B, R) each.
+
+    Autograd would keep dozens of R x R matrices for each patch. As the loss is a mean over patches,
+    its value and its gradient are computed together, some patches at a time, and the matrices of
+    these are freed at once. (torch.utils.checkpoint instead takes half as much time again.)
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, steepness: float, teacher_steepness: float) -> Tensor:
+        # Numbers in a matrix R x R for every patch: many keep a GPU busy, few fit a core's cache.
+        numbers = 2**25 if x.is_cuda else 2**19
+        patches = max(1, numbers // x.shape[1] ** 2)
+        total = x.new_zeros(())
+        gradients = []
+        for some_x, some_y in zip(x.split(patches), y.split(patches)):
+            _, Q = soft_sort(some_y, teacher_steepness)
+            with torch.enable_grad():
+                some_x = some_x.detach().requires_grad_()
+                _, P = soft_sort(some_x, steepness)
+                smallest = torch.finfo(P.dtype).tiny
+                loss = -(Q * P.clamp_min(smallest).log()).sum() / x.numel()
+            gradients += torch.autograd.grad(loss, some_x)
+            total += loss.detach()
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return grad * torch.cat(ctx.saved_tensors), None, None, None
+
+
+@torch.no_grad()
+def ranking_entropy(teacher: Tensor, references: Tensor, steepness: float = 100.0) -> Tensor:
+    """The floor of `neco_loss`: the entropy of the teacher's soft permutation Q, from 0 to log R.
+
+    From features (..., N, D) and (..., R, D); summed over ranks, averaged over patches and items.
+    """
+    _, Q = soft_sort(cosine_similarity(teacher, references), steepness)
+    return torch.special.entr(Q).sum(-2).mean()
 
 
 # --------------------------------------------------------------------------------------- views
-# Two global and some local crops of each image, with their boxes in image pixels.
+# Each image is cut into crops, in the recipe 2 large (global) and 4 small (local) ones. Their boxes
+# travel with them and tell which places two crops share. No crop is flipped: boxes say it all.
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-GLOBAL_CROPS = 2  # of an image
-change_colours = v2.Compose(  # as in the public recipe
+
+
+class CropKind(NamedTuple):
+    """Crops of one size. An image has a list of kinds, of which the first are the global crops."""
+
+    count: int  # in each image
+    size: int  # side in pixels
+    share: tuple[float, float]  # of the image's area, least and most
+    overlap: float  # least share of the image's area in common with each global crop before it
+
+
+def blur(image: Image.Image) -> Image.Image:
+    sigma = 0.1 + 1.9 * torch.rand(()).item()
+    return image.filter(GaussianBlur(sigma))
+
+
+change_colours = v2.Compose(  # of a Pillow image, as in the public recipe
     [
-        v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
+        v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, hue=0.2)], p=0.8),
         v2.RandomGrayscale(0.2),
-        v2.RandomApply([lambda x: x.filter(GaussianBlur(0.1 + 1.9 * torch.rand(()).item()))], 0.5),
+        v2.RandomApply([blur], p=0.5),
     ]
 )
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read an image file of any mode, the right way up, as RGB: uint8 (3, H, W)."""
+    """Read an image file of any mode, the right way up, as RGB: uint8 (3, H, W).
+
+    Pixels of more than 8 bits go from black to white between the image's least and largest value.
+    """
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":
+            pixels = np.asarray(image, dtype=float)
+            pixels = pixels - pixels.min()
+            pixels = 255 * pixels / max(pixels.max(), 1e-12)
+            image = Image.fromarray(pixels.round().astype(np.uint8))
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
-def random_boxes(image: Tensor, local_crops: int) -> list[tuple[int, int, int, int]]:
-    """Draw boxes (left, top, right, bottom in pixels) of 2 global crops, 25 to 100 % of the image,
-    and of local ones, 5 to 25 %. A box is drawn again until it shares more than 2 % of the image (a
-    local one 1 %) with each global box before it. Should 100 draws fail, on an elongated image, it
-    is the whole image.
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """What boxes (..., 4) of left, top, right, bottom share: (..., 4), turned over if nothing."""
+    left_top = torch.maximum(a, b)[..., :2]
+    right_bottom = torch.minimum(a, b)[..., 2:]
+    return torch.cat([left_top, right_bottom], dim=-1)
+
+
+def random_box(image: Tensor, kind: CropKind, others: Tensor) -> Tensor:
+    """Draw the box of a crop of an image (3, H, W), in pixels, that overlaps others (N, 4).
+
+    Its aspect ratio is 3/4 to 4/3, its share of the image as the kind says. Where an elongated
+    image has no room for that, it is the largest in the middle: 13 % of an image of 10:1. Beyond
+    66:1 even the middle is too little to overlap, and after 100 trials it is the whole image.
     """
-
-    def overlap(a: tuple, b: tuple) -> int:
-        w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-        return max(w, 0) * max(h, 0)
-
-    (height, width), boxes = image.shape[-2:], []
-    for crop in range(GLOBAL_CROPS + local_crops):
-        scale, least = ((0.25, 1.0), 0.02) if crop < GLOBAL_CROPS else ((0.05, 0.25), 0.01)
-        for _ in range(100):
-            top, left, h, w = v2.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
-            box = left, top, left + w, top + h
-            if all(overlap(box, b) > least * height * width for b in boxes[:GLOBAL_CROPS]):
-                break
-        else:
-            box = 0, 0, width, height
-        boxes.append(box)
-    return boxes
+    height, width = image.shape[-2:]
+    least = kind.overlap * height * width
+    for _ in range(100):
+        place = v2.RandomResizedCrop.get_params(image, kind.share, (3 / 4, 4 / 3))
+        top, left, h, w = place
+        box = torch.tensor([left, top, left + w, top + h])
+        shared = intersection(box, others)
+        sides = shared[:, 2:] - shared[:, :2]
+        if (sides.clamp(min=0).prod(dim=1) > least).all():
+            return box
+    return torch.tensor([0, 0, width, height])
 
 
-def make_views(image: Tensor, global_size: int, local_size: int, local_crops: int) -> dict:
-    """Cut the crops of one image and change their colours; `torch.manual_seed` decides how.
+def make_views(image: Tensor, kinds: list[CropKind]) -> dict:
+    """Cut the crops of an image, uint8 (3, H, W), and change their colours.
 
-    Args:
-        image: uint8 (3, H, W), of any size.
-        global_size, local_size: side of the crops in pixels, S and s.
-        local_crops: how many, L.
-
-    Returns:
-        `crops`: global ones (2, 3, S, S) and, if there are any, local ones (L, 3, s, s), uint8;
-        `boxes` (2 + L, 4): their places, left, top, right, bottom in image pixels.
+    Returns `crops`, for each kind (count, 3, size, size), uint8, and `boxes` (crops, 4): their
+    left, top, right and bottom in image pixels. `torch.manual_seed` decides what is random.
 
     Source: multi-crop (Caron et al., SwAV, 2020) with the sizes of the public NeCo recipe.
     """
-    boxes, crops = random_boxes(image, local_crops), []
-    for i, (left, top, right, bottom) in enumerate(boxes):
-        size = [global_size if i < GLOBAL_CROPS else local_size] * 2
-        crop = v2.functional.resized_crop(image, top, left, bottom - top, right - left, size)
-        crop = change_colours(v2.functional.to_pil_image(crop))  # faster there than on tensors
-        crops.append(v2.functional.pil_to_tensor(crop))
-    crops = [torch.stack(part) for part in (crops[:GLOBAL_CROPS], crops[GLOBAL_CROPS:]) if part]
-    return {"crops": crops, "boxes": torch.tensor(boxes).float()}
+    boxes = torch.empty(0, 4)
+    crops = [[] for _ in kinds]
+    for kind, same_size in zip(kinds, crops):
+        for _ in range(kind.count):
+            box = random_box(image, kind, boxes[: kinds[0].count])
+            boxes = torch.cat([boxes, box[None]])
+            left, top, right, bottom = box.tolist()
+            place = top, left, bottom - top, right - left
+            crop = v2.functional.resized_crop(image, *place, [kind.size, kind.size])
+            crop = change_colours(v2.functional.to_pil_image(crop))  # faster there than on tensors
+            same_size.append(v2.functional.pil_to_tensor(crop))
+    crops = [torch.stack(same_size) for same_size in crops if same_size]
+    return {"crops": crops, "boxes": boxes}
 
 
 def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
@@ -360,8 +460,9 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
 
     Args:
         features: maps (B, D, h, w) of the crops.
-        crop, region: boxes (B, 4) in image pixels, the region inside the crop. The same region
-            read from two crops gives features of the same places, cell by cell.
+        crop, region: boxes (B, 4) in image pixels, the region inside the crop. Cell k of a region
+            is the same place in all crops. (Only at the edge of a crop, where a map has no
+            neighbour to interpolate with, a cell is read up to half a patch further inside.)
         grid: cells a side.
 
     Returns:
@@ -369,22 +470,24 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
 
     Source: RoI-align (He et al., Mask R-CNN, 2017), as in arXiv 2408.11054, section 3.
     """
-    sides = crop[:, 2:] - crop[:, :2]
-    boxes = ((region.view(-1, 2, 2) - crop[:, None, :2]) / sides[:, None]).flatten(1)
+    origin = crop[:, :2].repeat(1, 2)
+    corner = crop[:, 2:].repeat(1, 2)
+    boxes = (region - origin) / (corner - origin)
     boxes[:, 0::2] *= features.shape[3]  # now in patches of the crop
     boxes[:, 1::2] *= features.shape[2]
-    index = torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes.dtype)
-    cells = roi_align(features, torch.cat([index, boxes], dim=1), grid, aligned=True)
+    boxes = list(boxes[:, None])  # one in each map
+    cells = roi_align(features, boxes, grid, aligned=True)
     return cells.flatten(2).mT  # (B, D, grid, grid) -> (B, N, D)
 
 
 # ------------------------------------------------------------------------------------ training
-# All randomness is a function of seed, step and sample: on a CPU neither workers nor interruptions
-# change a bit of the result. With torchrun, every process works on a slice of each batch, `mine`.
+# Whatever is random is a function of the seed and of step and image: on a CPU neither workers nor
+# interruptions change a bit of the result. With torchrun, each process works on a slice of every
+# batch, `mine`; gradients and queues are summed over all, so that their states stay the same.
 
-PATCHES_PER_IMAGE = 10  # added by each step to each of the queues, one for a global crop
-SIGNALS = signal.SIGINT, signal.SIGTERM
-MAY_CHANGE = ("data", "out", "workers", "device", "log_every", "save_every")  # when resumed
+GLOBAL_CROPS = 2
+PATCHES_PER_IMAGE = 10  # that enter the queue of each global crop in a step
+MAY_CHANGE = ("data", "out", "ranks", "workers", "device", "accumulate", "log_every", "save_every")
 
 
 def seed_of(*key: int | str) -> int:
@@ -399,88 +502,122 @@ def all_reduce(values: Tensor) -> Tensor:
     return values
 
 
-def find_images(folder: str) -> np.ndarray:
-    """List the image files below a folder, sorted: an array of bytes, which workers do not copy."""
-    places = os.walk(folder, followlinks=True)
-    paths = (os.path.join(place, name) for place, _, names in places for name in names)
-    found = (p for p in paths if p.lower().endswith(IMAGE_TYPES) and os.path.isfile(p))
+def find_images(folder):
+    """List the image files below a folder, sorted: an array of bytes, which workers do not copy.
+
+    Links to folders are followed, but none is entered twice.
+    """
+    found, entered = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in entered:
+            folders.clear()
+        else:
+            entered.add(os.path.realpath(place))
+            folders.sort()
+            images = [name for name in names if name.lower().endswith(IMAGE_TYPES)]
+            found += [os.path.join(place, name) for name in images]
     return np.array(sorted(map(os.fsencode, found)))
 
 
-class Crops(Dataset):
-    """Sample i of a training: the views of image i in the endless stream of shuffled epochs."""
+def draw_batch(images, size, step, seed):
+    """The batch of a step, in epochs of shuffled images: a list of keys of `Views`."""
+    epoch, place = divmod(step, images // size)
+    shuffle = np.random.default_rng(seed_of(seed, "epoch", epoch))
+    order = shuffle.permutation(images)[place * size : (place + 1) * size]
+    return [(step, image) for image in order.tolist()]
 
-    def __init__(self, files: np.ndarray, args: argparse.Namespace):
-        self.files, self.args, self.epoch, self.skipped = files, args, None, set()
 
-    def __getitem__(self, sample: int) -> dict:
-        args, count = self.args, len(self.files)
-        epoch, place = divmod(sample, count // args.batch_size * args.batch_size)
-        if epoch != self.epoch:
-            rng = np.random.default_rng(seed_of(args.seed, "epoch", epoch))
-            self.epoch, self.order = epoch, rng.permutation(count)
-        torch.manual_seed(seed_of(args.seed, "sample", sample))
-        path = os.fsdecode(self.files[self.order[place]])
+class Views(Dataset):
+    """The views of an image in a step, as `make_views` returns them; its key is (step, image)."""
+
+    def __init__(self, files, kinds, seed):
+        self.files, self.kinds, self.seed = files, kinds, seed
+
+    def __getitem__(self, key):
+        step, image = key
+        torch.manual_seed(seed_of(self.seed, "views", step, image))
         for _ in range(100):
+            path = os.fsdecode(self.files[image])
             try:
-                image = read_image(path)
+                return make_views(read_image(path), self.kinds)
             except Exception as error:  # Pillow raises many kinds; another file takes its place
-                if path not in self.skipped:
-                    print(f"neco.py: skipped {path}, cannot be read: {error}", file=sys.stderr)
-                self.skipped.add(path)
-                path = os.fsdecode(self.files[int(torch.randint(count, ()))])
-            else:
-                return make_views(image, args.global_size, args.local_size, args.local_crops)
-        raise InputError(f"--data {args.data}: 100 files in a row cannot be read, see above")
-
-    @staticmethod
-    def start_worker(_: int) -> None:
-        for number in SIGNALS:  # the main process stops, and saves
-            signal.signal(number, signal.SIG_IGN)
+                print(f"neco.py: skipped {path}, cannot be read: {error}", file=sys.stderr)
+            image = torch.randint(len(self.files), ()).item()
+        raise InputError(f"--data: 100 files in a row cannot be read, the last one {path}")
 
 
 class Network(nn.Module):
     """Backbone and head, from crops to L2-normalised embeddings of their patches."""
 
-    def __init__(self, backbone: nn.Module, hidden: int = 2048, out: int = 256):
+    def __init__(self, backbone, hidden):
         super().__init__()
         self.backbone = backbone
-        sizes = backbone.embed_dim, hidden, hidden, out
-        layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:])]
-        for layer in layers:
+        self.head = nn.Sequential(
+            nn.Linear(backbone.embed_dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, 256),
+        )
+        for layer in self.head[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.head = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
 
-    def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Embed views (b, K, 3, S, S), K crops of one size each: a list of maps (b, 256, h, w)."""
-        maps = []
-        for crops in views:
-            features = self.backbone(crops.flatten(0, 1)).movedim(1, -1)  # (B * K, h, w, D)
-            embeddings = F.normalize(self.head(features).float(), dim=-1).movedim(-1, 1)
-            maps += embeddings.unflatten(0, crops.shape[:2]).unbind(1)
-        return maps
+    def forward(self, crops):
+        """Embed K crops of each image, (b, K, 3, S, S): a list of K maps (b, 256, h, w)."""
+        features = self.backbone(crops.flatten(0, 1))  # (b * K, D, h, w)
+        embeddings = self.head(features.movedim(1, -1)).float()
+        embeddings = F.normalize(embeddings, dim=-1).movedim(-1, 1)
+        return embeddings.unflatten(0, crops.shape[:2]).unbind(1)
 
 
 class Run(nn.Module):
     """All that training changes: student, teacher, queues of teacher patches, and the optimiser."""
 
-    def __init__(self, backbone: nn.Module, args: argparse.Namespace):
+    def __init__(self, backbone, args):
         super().__init__()
         # Both heads start alike. The public code draws two, which learned more slowly (README).
         self.student = Network(backbone, args.hidden)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(self.student)
+        self.teacher.requires_grad_(False).eval()
         self.register_buffer("queue", torch.zeros(GLOBAL_CROPS, args.queue, 256))  # newest first
         self.to(args.device)
         groups = []
-        for part, rate in ((self.student.backbone, args.lr), (self.student.head, args.head_lr)):
+        rates = {self.student.backbone: args.lr, self.student.head: args.head_lr}
+        for part, rate in rates.items():
             for decays in (True, False):  # biases and other vectors do not decay
                 chosen = [p for p in part.parameters() if (p.ndim > 1) == decays]
                 groups.append({"params": chosen, "first_lr": rate, "decays": decays})
         self.optimizer = torch.optim.AdamW(groups, fused=True)
 
 
-def align_pairs(student_maps, teacher_maps, boxes: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+def push_patches(queue, maps, count, images, mine, rng):
+    """Put `count` random patches of each of the `images` of a batch in front of the queues.
+
+    Takes and returns queues (2, Q, D), one for each global crop; maps are those of the teacher,
+    (b, D, h, w) for each global crop of the images at `mine` in the batch.
+    """
+    patches = torch.stack(maps).flatten(3).mT  # (2, b, h * w, D)
+    places = torch.randperm(patches.shape[2], generator=rng, device=rng.device)
+    patches = patches[:, :, places[:count]]
+    new = patches.new_zeros(len(maps), images, *patches.shape[2:])
+    new[:, mine] = patches
+    new = all_reduce(new).flatten(1, 2)  # a gather: each process has filled in its own images
+    longer = torch.cat([new, queue], dim=1)
+    return longer[:, : queue.shape[1]]
+
+
+def draw_references(queue, pairs, images, count, rng):
+    """Draw references from a queue (Q, D) for each image in each pair: (pairs, images, count, D).
+
+    They are the patches with the highest of Q random lots, hence none twice for an image.
+    """
+    size = pairs, images, len(queue)
+    lots = torch.rand(size, generator=rng, device=queue.device)
+    return queue[lots.topk(count).indices]
+
+
+def align_pairs(student_maps, teacher_maps, boxes, grid):
     """Read the same places from student and teacher, for every pair of crops.
 
     Takes lists of maps (B, D, h, w), one for each crop, the global ones first, and boxes
@@ -488,174 +625,227 @@ def align_pairs(student_maps, teacher_maps, boxes: Tensor, grid: int) -> tuple[T
     a global crop g, the student another crop v; pairs of the first global crop come first.
     """
     student, teacher = [], []
-    for g in range(len(teacher_maps)):
-        for v in (v for v in range(len(student_maps)) if v != g):
-            a, b = boxes[:, g], boxes[:, v]
-            region = torch.cat([a[:, :2].maximum(b[:, :2]), a[:, 2:].minimum(b[:, 2:])], dim=1)
-            student.append(align(student_maps[v], b, region, grid))
-            teacher.append(align(teacher_maps[g], a, region, grid))
+    for g, teacher_map in enumerate(teacher_maps):
+        for v, student_map in enumerate(student_maps):
+            if v != g:
+                region = intersection(boxes[:, g], boxes[:, v])
+                student.append(align(student_map, boxes[:, v], region, grid))
+                teacher.append(align(teacher_map, boxes[:, g], region, grid))
     return torch.stack(student), torch.stack(teacher)
 
 
-def train_step(run: Run, batch: dict, args, step: int, mine: slice, measure: bool) -> Tensor:
+def train_step(run, batch, args, step, mine):
     """Take step number `step`, counted from 0, with the settings `args`, named as the flags.
 
     `batch` is what `make_views` returns, stacked for the b images at `mine` in the whole batch.
-    Returns loss and, if `measure`, floor (entropy of the teacher's rankings): (2,), global means.
+    Returns the loss and its floor, means over the whole batch.
     """
-    rng = torch.Generator().manual_seed(seed_of(args.seed, "step", step))  # alike in all processes
+    rng = torch.Generator(args.device)  # alike in all processes
+    rng.manual_seed(seed_of(args.seed, "step", step))
     torch.manual_seed(seed_of(args.seed, "drop path", step, mine.start))
-    autocast = torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16")
-    B, R, measures = args.batch_size, args.grid**2, torch.zeros(2, device=args.device)
+    half = args.precision == "bf16"
+    autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=half)
+    B, R = args.batch_size, args.grid**2
 
-    # Views: 2 global crops (b, 2, 3, S, S) of each image and some local ones, with their boxes.
-    views = [crops.to(args.device, non_blocking=True) / 255 for crops in batch["crops"]]
-    views = [v2.functional.normalize(crops, MEAN, STD) for crops in views]
+    # Views: global crops (b, 2, 3, S, S), local ones (b, 4, 3, s, s), and their boxes (b, 6, 4).
+    views = []
+    for crops in batch["crops"]:
+        crops = crops.to(args.device, non_blocking=True) / 255
+        views.append(v2.functional.normalize(crops, MEAN, STD))
     boxes = batch["boxes"].to(args.device, non_blocking=True)
     # Teacher: it reads the global crops.
     with torch.no_grad(), autocast:
-        teacher_maps = run.teacher(views[:1])
-    # Queue: random patches of the teacher enter it, the oldest ones leave. In a small batch each
+        teacher_maps = run.teacher(views[0])
+    # Queue: some of its patches enter the queues, the oldest ones leave. In a small batch each
     # image adds more of them, so that from the first step there are R to draw from.
     added = max(PATCHES_PER_IMAGE, math.ceil(R / B))
-    patches = torch.stack(teacher_maps).flatten(3).mT  # (2, b, h * w, D)
-    chosen = torch.randint(patches.shape[2], (GLOBAL_CROPS, B, added, 1), generator=rng)
-    new = patches.new_zeros(GLOBAL_CROPS, B, added, patches.shape[3])
-    new[:, mine] = patches.take_along_dim(chosen[:, mine].to(args.device), dim=2)
-    all_reduce(new)  # a gather: every process fills in its own slice `mine`
-    queue = torch.cat([new.flatten(1, 2), run.queue], dim=1)[:, : args.queue]
-    # References: for each pair of crops the indices of the queue are shuffled and dealt out, R to
-    # each image of the batch in turn, from the start again when all are dealt.
-    filled, pairs = min((step + 1) * B * added, args.queue), GLOBAL_CROPS * (boxes.shape[1] - 1)
-    dealt = torch.arange(B * R).view(B, R)[mine] % filled
-    index = torch.stack([torch.randperm(filled, generator=rng)[dealt] for _ in range(pairs)])
-    index = index.to(args.device, non_blocking=True).chunk(GLOBAL_CROPS)  # pairs of one global crop
-    references = torch.cat([part[places] for part, places in zip(queue, index)])
-    # Student: it reads all crops. Loss: it has to rank the references as the teacher does.
+    run.queue = push_patches(run.queue, teacher_maps, added, B, mine, rng)
+    filled = min((step + 1) * B * added, args.queue)
+    # References: R patches of a queue, others for each image in each pair of crops.
+    pairs = boxes.shape[1] - 1  # of a global crop with another one
+    drawn = []
+    for queue in run.queue:
+        drawn.append(draw_references(queue[:filled], pairs, B, R, rng))
+    references = torch.cat(drawn)[:, mine]  # (2 * pairs, b, R, 256)
+
+    loss, floor = torch.zeros(2, device=args.device)
     run.optimizer.zero_grad()
-    for rows in torch.arange(len(boxes), device=args.device).chunk(args.accumulate):
+    images = torch.arange(len(boxes), device=args.device)
+    for part in images.chunk(args.accumulate):
+        # Student: it reads all crops. A pair of crops shares N = R cells.
+        student_maps = []
         with autocast:
-            student_maps = run.student([view[rows] for view in views])
-        target_maps, drawn = [maps[rows] for maps in teacher_maps], references[:, rows]
-        cells, targets = align_pairs(student_maps, target_maps, boxes[rows], args.grid)
-        loss = neco_loss(cells, targets, drawn, args.steepness, args.teacher_steepness)
-        (loss * len(rows) / B).backward()
-        measures[0] += loss.detach() * len(rows) / B
-        if measure:
-            floor = neco_loss(targets, targets, drawn, args.teacher_steepness)
-            measures[1] += floor * len(rows) / B
-    # Step: AdamW on the student; the rates and the weight decay follow a cosine.
+            for crops in views:
+                student_maps += run.student(crops[part])
+        target_maps = [maps[part] for maps in teacher_maps]
+        cells, targets = align_pairs(student_maps, target_maps, boxes[part], args.grid)
+        # Loss: in each cell the student has to rank the references as the teacher does.
+        compared = references[:, part]
+        part_loss = neco_loss(cells, targets, compared, args.steepness, args.teacher_steepness)
+        share = len(part) / B  # of these images in the whole batch
+        (part_loss * share).backward()
+        loss += part_loss.detach() * share
+        floor += ranking_entropy(targets, compared, args.teacher_steepness) * share
+    # Step: AdamW moves the student. Rates and weight decay follow a cosine, from 1 to 0.
     for parameter in run.student.parameters():
         if parameter.grad is not None:
             all_reduce(parameter.grad)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))  # from 1 to 0
-    start, end = args.weight_decay
+    cosine = (1 + math.cos(math.pi * step / args.steps)) / 2
+    first_decay, last_decay = args.weight_decay
+    decay = last_decay + (first_decay - last_decay) * cosine
     for group in run.optimizer.param_groups:
         group["lr"] = group["first_lr"] * cosine
-        group["weight_decay"] = start * cosine + end * (1 - cosine) if group["decays"] else 0.0
+        group["weight_decay"] = decay * group["decays"]
     run.optimizer.step()
-    # Average: the teacher follows the student, ever more slowly: the momentum ends at 1.
+    # Average: the teacher follows the student, ever more slowly: its momentum goes to 1.
+    pairs = zip(run.teacher.parameters(), run.student.parameters())
     with torch.no_grad():
-        networks = list(run.teacher.parameters()), list(run.student.parameters())
-        torch._foreach_lerp_(*networks, (1 - args.momentum) * cosine)
-    run.queue = queue
-    return all_reduce(measures)
+        for average, parameter in pairs:
+            average.lerp_(parameter, (1 - args.momentum) * cosine)
+    return all_reduce(loss), all_reduce(floor)
 
 
-def save(path: Path, content: dict | str) -> None:
-    """Write tensors or text by way of a temporary name: the old or the new file is there, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary) if isinstance(content, dict) else temporary.write_text(content)
+def save(content, path):
+    """Write tensors by way of a temporary name: the old or the new file is there, whole."""
+    temporary = f"{path}.tmp"
+    try:
+        torch.save(content, temporary)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise InputError(f"--out: {temporary} cannot be written: {error}") from error
     os.replace(temporary, path)
 
 
-def resume(path: Path, run: Run, settings: dict) -> tuple[int, list]:
-    """Load a checkpoint; return its step and the rows of its log. InputError if it does not fit."""
+def save_run(run, step, log, settings, out):
+    """Write checkpoint, backbones and log, unless the weights are not finite: then exit."""
+    norms = [parameter.norm() for parameter in run.parameters()]
+    if not torch.stack(norms).isfinite().all():
+        sys.exit(
+            f"neco.py: the weights are not finite after step {step}; what was saved before stays "
+            f"in {out}: try a lower --lr and --head-lr"
+        )
+    state = {"step": step, "log": log, "settings": settings}
+    state["run"] = run.state_dict()
+    state["optimizer"] = run.optimizer.state_dict()
+    save(state, out / "checkpoint.pth")
+    for network in ("student", "teacher"):
+        weights = getattr(run, network).backbone.model.state_dict()
+        weights = {key: value.cpu() for key, value in weights.items()}
+        save(weights, out / f"{network}.pth")
+    columns = "step,loss,floor,lr,weight_decay"
+    np.savetxt(out / "log.csv", log, "%.6g", ",", header=columns, comments="")
+
+
+def load_run(run, settings, out):
+    """Load the checkpoint; return its step and log. InputError if it has other settings."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=True)
         before = state["settings"]
     except Exception as error:  # torch.load raises errors of many kinds
-        raise InputError(f"--out: {path} is broken: move it, or give another folder") from error
+        raise InputError(f"--out: {out}/checkpoint.pth is broken: move it") from error
     for name, value in settings.items():
         if before.get(name) != value:
-            advice = f"{before.get(name)}, not {value}: set it so, or take another folder"
-            raise InputError(f"--out: the run in {path.parent} has {name} {advice}")
-    run.load_state_dict(state["run"])
-    run.optimizer.load_state_dict(state["optimizer"])
+            raise InputError(
+                f"--out: the run in {out} has {name} {before.get(name)}, not {value}: set it so, "
+                "or take another folder"
+            )
+    if state["step"]:
+        run.load_state_dict(state["run"])
+        run.optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["log"]
 
 
-def train(args: argparse.Namespace, backbone: nn.Module, files: np.ndarray) -> int:
+def claim(checkpoint, settings):
+    """Create a first checkpoint: of two runs that start together, one does, the other must fit."""
+    with contextlib.suppress(FileExistsError), open(checkpoint, "xb") as file:
+        torch.save({"step": 0, "log": [], "settings": settings}, file)
+
+
+def train(args, files):
     """Train from the start, or on from args.out/checkpoint.pth, and return the exit status.
 
     Ctrl-C and SIGTERM end it after the step under way, saved, with status 130 and 143.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total, share, out = args.batch_size, args.batch_size // ranks, Path(args.out)
-    mine = slice(rank * share, (rank + 1) * share)
-    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    step, log, measures, begun, signals = 0, [], torch.zeros(2), None, [0]
+    rank = int(os.environ.get("RANK", 0))  # as torchrun sets it
+    mine = slice(rank, None, args.ranks)
+    if rank > 0:
+        all_reduce(torch.zeros(1))  # wait: the first process fills the cache of torch.hub
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(args.backbone, args.hub, args.weights)
+    args.global_size = backbone.checked_size("--global-size", args.global_size, 518)
+    args.local_size = backbone.checked_size("--local-size", args.local_size, 98)
     run = Run(backbone, args)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "checkpoint.pth").exists():
-        step, log = resume(out / "checkpoint.pth", run, settings)
-    first = step
-    samples = (i * total + j for i in range(first, args.steps) for j in range(total)[mine])
-    options = {"num_workers": args.workers, "pin_memory": args.device.type == "cuda"}
-    options["worker_init_fn"] = Crops.start_worker
-    batches = iter(DataLoader(Crops(files, args), batch_size=share, sampler=samples, **options))
 
-    def save_all() -> None:
-        if rank == 0 and step and math.isfinite(measures[0]):
-            state = {"run": run.state_dict(), "optimizer": run.optimizer.state_dict()}
-            save(out / "checkpoint.pth", state | {"step": step, "log": log, "settings": settings})
-            save(out / "student.pth", run.student.backbone.model.state_dict())
-            save(out / "teacher.pth", run.teacher.backbone.model.state_dict())
-            rows = [",".join(f"{value:.6g}" for value in row) for row in log]
-            save(out / "log.csv", "\n".join(["step,loss,floor,lr,weight_decay", *rows, ""]))
-
-    for number in SIGNALS:  # the last one that arrived counts
-        signal.signal(number, lambda arrived, _: signals.append(arrived))
-    try:
-        for batch in batches:
-            begun = begun or time.monotonic()  # without the start of the workers
-            logs = (step + 1) % args.log_every == 0 or step + 1 in (1, args.steps)
-            measures = train_step(run, batch, args, step, mine, logs)
-            step += 1
-            stops = bool(all_reduce(torch.tensor(signals[-1])))
-            saves = stops or step % args.save_every == 0
-            if (logs or saves) and not math.isfinite(measures[0]):
-                advice = f"what was saved stays in {out}: try a lower --lr and --head-lr"
-                raise SystemExit(f"neco.py: the loss is not finite at step {step}; {advice}")
-            if logs:
-                group = run.optimizer.param_groups[0]
-                log.append([step, *measures.tolist(), group["lr"], group["weight_decay"]])
-            if rank == 0 and (logs or sys.stdout.isatty()):
-                report(log[-1], step, args, (time.monotonic() - begun) / (step - first))
-            if stops:
-                break
-            if saves:
-                save_all()
-    finally:  # at the end, and when something fails on the way
-        save_all()
-        if args.workers:
-            batches._shutdown_workers()  # an exception that came from one would keep them all
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    out = Path(args.out)
+    settings = vars(args).copy()
+    for name in MAY_CHANGE:
+        del settings[name]
     if rank == 0:
-        start = "\n" * sys.stdout.isatty() + f"stopped at step {step}, " * (step < args.steps)
-        print(f"{start}wrote student.pth, teacher.pth, checkpoint.pth and log.csv to {out}")
-    return 128 + signals[-1] if step < args.steps else 0
+        out.mkdir(parents=True, exist_ok=True)
+        claim(out / "checkpoint.pth", settings)
+        all_reduce(torch.zeros(1))
+    first, log = load_run(run, settings, out)
+
+    kinds = [
+        CropKind(GLOBAL_CROPS, args.global_size, (0.25, 1.0), 0.02),
+        CropKind(args.local_crops, args.local_size, (0.05, 0.25), 0.01),
+    ]
+    batches = (
+        draw_batch(len(files), args.batch_size, step, args.seed)[mine]
+        for step in range(first, args.steps)
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the workers, which start in these lines
+    loader = DataLoader(
+        Views(files, kinds, args.seed),
+        batch_sampler=batches,
+        num_workers=args.workers,
+        pin_memory=args.device.type == "cuda",
+    )
+    loader = iter(loader)
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda arrived, _: signals.append(arrived))
+
+    start = time.monotonic()
+    for step in range(first, args.steps + 1):  # steps that have been taken
+        # The first process saves, stops and reports; when it has ended, so do the others.
+        ends = step == args.steps or (rank == 0 and signals)
+        saves = ends or step == first or step % args.save_every == 0
+        if rank == 0 and saves:  # at first to see at once whether the folder can be written
+            save_run(run, step, log, settings, out)
+        if ends:
+            break
+        loss, floor = train_step(run, next(loader), args, step, mine)
+        taken = step + 1
+        logs = taken % args.log_every == 0 or taken in (1, args.steps)
+        if rank == 0 and logs:
+            rates = run.optimizer.param_groups[0]
+            log.append([taken, loss.item(), floor.item(), rates["lr"], rates["weight_decay"]])
+            pace = (time.monotonic() - start) / (taken - first)
+            report(log[-1], args, pace)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if step < args.steps:
+        return 128 + signals[-1]
+    if rank == 0:
+        hub = f" --hub {args.hub}" if args.hub else ""
+        print(
+            f"{out} holds student.pth, teacher.pth, checkpoint.pth and log.csv. What changed?\n"
+            f"python eval_seg.py --data {args.data} --backbone {args.backbone}{hub} "
+            f"--weights {args.weights or 'none'} {out}/student.pth --pictures 6"
+        )
+    return 0
 
 
-def report(row: list[float], step: int, args: argparse.Namespace, pace: float) -> None:
-    """Print how far a run is, with the last row of its log; `pace` is in seconds a step."""
-    logged, loss, floor, *_ = row
-    minutes = math.ceil((args.steps - step) * pace / 60)
-    line = f"step {step}/{args.steps}  loss {loss:.3f} = floor {floor:.3f} + {loss - floor:.3f}  "
-    line += f"{args.batch_size / pace:.1f} images/s  {minutes // 60}:{minutes % 60:02} h left"
-    print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
-    if logged == step and floor > 0.95 * math.log(args.grid**2):
+def report(row, args, pace):
+    """Print a row of the log and the time left, at a pace in seconds a step."""
+    step, loss, floor, *_ = row
+    hours = (args.steps - step) * pace / 3600
+    print(
+        f"step {step}/{args.steps}  loss {loss:.3f} = floor {floor:.3f} + {loss - floor:.3f}  "
+        f"{args.batch_size / pace:.1f} images/s  {hours:.1f} h left",
+        flush=True,
+    )
+    if floor > 0.95 * math.log(args.grid**2):
         advice = "try a lower --lr, a --momentum nearer to 1, or a higher --teacher-steepness"
         print(f"neco.py: warning: the teacher's rankings are flat: {advice}", file=sys.stderr)
 
@@ -663,97 +853,122 @@ def report(row: list[float], step: int, args: argparse.Namespace, pace: float) -
 # -------------------------------------------------------------------------------- command line
 # Every default is the paper's recipe. Likely mistakes end in a sentence and exit status 2.
 
-FLAGS = {  # name: type or choices, default, help
-    "data": (str, None, "folder of images, searched recursively; no labels needed"),
-    "out": (str, "runs/neco", "folder for the results; a run in it is resumed"),
-    "backbone": (str, "dinov2_vits14_reg", "dinov2_*, dinov3_*, dino_*, tiny, or any of --hub"),
-    "hub": (str, None, "owner/repo[:ref] or local folder with hubconf.py; its code is run"),
-    "weights": (str, None, "state dict to start from, a file or URL, instead of the hub's"),
-    "epochs": (int, 25, "passes over the images"),
-    "steps": (int, None, "number of steps, instead of epochs; the schedules span it"),
-    "batch-size": (int, 64, "images a step, over all processes"),
-    "accumulate": (int, 1, "parts of a batch, one after the other, to save memory"),
-    "global-size": (int, None, "side of the 2 global crops (518, or less for whole patches)"),
-    "local-size": (int, None, "side of the local crops (98, or less for whole patches)"),
-    "local-crops": (int, 4, "local crops of an image"),
-    "grid": (int, 7, "N x N cells of a crop pair rank N x N references"),
-    "queue": (int, 8192, "teacher patches to draw from, at least N x N"),
-    "hidden": (int, 2048, "width of the head; less for a small backbone"),
-    "lr": (float, 1e-5, "learning rate of the backbone; three times as much can do harm"),
-    "head-lr": (float, 1e-4, "learning rate of the head"),
-    "weight-decay": (float, [0.04, 0.5], "of AdamW, at the start and at the end"),
-    "momentum": (float, 0.9995, "of the teacher, 1 at the end; in a short run it hardly moves"),
-    "steepness": (float, 100.0, "of the sorting network; the higher, the harder the sort"),
-    "teacher-steepness": (float, None, "as --steepness; a higher one works against collapse"),
-    "workers": (int, min(16, os.cpu_count() or 1), "processes that read images"),
-    "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "or cuda:1, mps, ..."),
-    "precision": (("bf16", "fp32"), None, "of the networks; bf16 on a GPU, else fp32"),
-    "seed": (int, 0, "of all that is random"),
-    "log-every": (int, 50, "steps between lines of progress and rows of log.csv"),
-    "save-every": (int, 1000, "steps between checkpoints"),
-}
+
+def number(kind, least, most=math.inf):
+    """A type of flag: a number of a kind, int or float, from `least` to `most`."""
+
+    def number(text):
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return value
+
+    return number
 
 
-def run_command(parser, flags: list[str], argv: list[str] | None, command: Callable) -> int:
-    """Add some FLAGS, call `command` with the arguments; a sentence, SystemExit(2) if it fails."""
-    for name in flags:
-        kind, default, text = FLAGS[name]
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        how |= {"nargs": 2} if isinstance(default, list) else {}
-        text += "" if default is None else " (%(default)s)"
-        parser.add_argument(f"--{name}", default=default, help=text, required=name == "data", **how)
-    args = parser.parse_args(argv)
+def device(text):
+    """A type of flag: a device of torch that is there."""
     try:
-        args.device = torch.empty(0, device=args.device).device
+        return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"--device {args.device} is not there: {str(error).splitlines()[0]}")
-    args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
+        raise argparse.ArgumentTypeError(f"{text} is not there: {error}") from error
+
+
+def flags(usage):
+    """The parser of neco.py and of eval_seg.py with what they share, and how to add a flag."""
+    parser = argparse.ArgumentParser(usage.split()[0], usage=usage)
+
+    def add(flag, kind, default, text, **more):
+        text += "" if default is None else " (%(default)s)"
+        parser.add_argument(flag, type=kind, default=default, help=text, **more)
+
+    accelerator = f"cuda:{dist.get_node_local_rank(0)}" if torch.cuda.is_available() else "cpu"
+    processes = min(16, os.cpu_count() or 1)
+    add("--backbone", str, "dinov2_vits14_reg", "dinov2_*, dinov3_*, dino_*, tiny, or any of --hub")
+    add("--hub", str, None, "owner/repo[:ref] or local folder with hubconf.py; its code is run")
+    add("--device", device, accelerator, "cpu, cuda, cuda:1, ...")
+    precision = "of the networks: bf16 on a GPU (fp32 before Ampere), else fp32"
+    add("--precision", str, None, precision, choices=["bf16", "fp32"])
+    add("--workers", number(int, 0), processes, "processes that read images")
+    add("--seed", number(int, 0, 2**63 - 1), 0, "of all that is random")
+    return parser, add
+
+
+def run_command(command, parser, argv):
+    """Call `command` with the arguments; what the user can put right ends in a sentence."""
+    args = parser.parse_args(argv)
+    if args.precision is None:
+        args.precision = "bf16" if args.device.type == "cuda" else "fp32"
     try:
         return command(args)
     except InputError as error:  # a worker of the loader puts its traceback before the sentence
-        parser.error(" ".join(str(error).rpartition("InputError: ")[2].split()))
+        sentence = str(error).split("InputError: ")[-1]
+        return parser.error(" ".join(sentence.split()))
+    except torch.cuda.OutOfMemoryError:
+        return parser.error("the GPU is out of memory: a higher --accumulate, or smaller numbers")
     except OSError as error:
-        parser.error(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return parser.error(f"cannot use {error.filename}: {error.strerror or error}")
 
 
-def prepare(args: argparse.Namespace) -> int:
-    """Check what takes more than one flag to check, load the backbone, and train."""
-    ranks, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
-    parts = args.accumulate * max(ranks, 1)
+def prepare(args):
+    """Check what takes more than one flag to check, and train."""
+    if args.teacher_steepness is None:
+        args.teacher_steepness = args.steepness
+    args.ranks = int(os.environ.get("WORLD_SIZE", 1))
+    parts = args.accumulate * args.ranks
     if args.batch_size % parts:
-        advice = f"give a multiple of {parts}, which is --accumulate times the processes"
-        raise InputError(f"--batch-size {args.batch_size} cannot be shared out: {advice}")
+        raise InputError(
+            f"--batch-size {args.batch_size} cannot be shared out: give a multiple of {parts}, "
+            "which is --accumulate times the processes"
+        )
     if args.queue < args.grid**2:
         raise InputError(f"--queue {args.queue} is less than the {args.grid**2} cells of --grid")
+    if not os.path.isdir(args.data):
+        raise InputError(f"--data {args.data} is not there, or is no folder")
     files = find_images(args.data)
     if len(files) < args.batch_size:
-        advice = f"name another folder, or give a lower --batch-size than {args.batch_size}"
-        raise InputError(f"--data {args.data} holds {len(files)} images: {advice}")
-    if ranks:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-        if local_rank:
-            dist.barrier()  # the first process of a machine fills the cache of torch.hub
-    torch.manual_seed(args.seed)
-    backbone = load_backbone(args.backbone, args.hub, args.weights)
-    if ranks and not local_rank:
-        dist.barrier()
-    args.global_size = backbone.checked_size("--global-size", args.global_size, 518)
-    args.local_size = backbone.checked_size("--local-size", args.local_size, 98)
-    args.teacher_steepness = args.teacher_steepness or args.steepness
+        raise InputError(
+            f"--data {args.data} holds {len(files)} images ({' '.join(IMAGE_TYPES)}): give another "
+            f"folder, or a lower --batch-size than {args.batch_size}"
+        )
     args.images = len(files)
-    args.steps = args.steps or args.epochs * (args.images // args.batch_size)
-    return train(args, backbone, files)
+    if args.steps is None:
+        args.steps = args.epochs * (args.images // args.batch_size)
+    if args.ranks > 1:  # started by torchrun
+        dist.init_process_group()
+    return train(args, files)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     """Run the command line; return the exit status, or raise SystemExit(2) after bad input."""
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # started by torchrun
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    parser = argparse.ArgumentParser("neco.py", usage="neco.py --data FOLDER [options]")
-    return run_command(parser, list(FLAGS), argv, prepare)
+    parser, add = flags("neco.py --data FOLDER [options]")
+    natural = number(int, 1)
+    rate = number(float, 0)
+    steepness = number(float, 1e-6)
+    add("--data", str, None, "folder of images, searched recursively; no labels", required=True)
+    add("--out", str, "runs/neco", "folder for the results; a run in it is resumed")
+    add("--weights", str, None, "state dict to start from, a file or URL, instead of the hub's")
+    add("--epochs", natural, 25, "passes over the images")
+    add("--steps", natural, None, "number of steps, instead of epochs; the schedules span it")
+    add("--batch-size", natural, 64, "images a step, over all processes")
+    add("--accumulate", natural, 1, "parts of a batch, one after the other, to save memory")
+    add("--global-size", natural, None, "side of the 2 global crops (518, or a bit less)")
+    add("--local-size", natural, None, "side of the local crops (98, or a bit less)")
+    add("--local-crops", number(int, 0), 4, "local crops of an image")
+    add("--grid", natural, 7, "N x N cells of a crop pair rank N x N references")
+    add("--queue", natural, 8192, "teacher patches to draw from, at least N x N; one batch is 640")
+    add("--hidden", natural, 2048, "width of the head; less for a small backbone")
+    add("--lr", rate, 1e-5, "learning rate of the backbone; three times as much can do harm")
+    add("--head-lr", rate, 1e-4, "learning rate of the head")
+    add("--weight-decay", rate, [0.04, 0.5], "of AdamW, at the start and at the end", nargs=2)
+    momentum = "of the teacher, 1 at the end; in a short run it hardly moves"
+    add("--momentum", number(float, 0, 1), 0.9995, momentum)
+    add("--steepness", steepness, 100.0, "of the sorting network; the higher, the harder the sort")
+    teacher = "as --steepness; a higher one works against collapse"
+    add("--teacher-steepness", steepness, None, teacher)
+    add("--log-every", natural, 50, "steps between lines of progress and rows of log.csv")
+    add("--save-every", natural, 250, "steps between checkpoints")
+    return run_command(prepare, parser, argv)
 
 
 if __name__ == "__main__":
