@@ -587,6 +587,9 @@ def show_photographs(args, backbones: dict) -> int:
     count = min(args.pictures, len(files))
     if count == 0:
         raise InputError(f"--data {args.data} holds neither train and val, nor photographs to draw")
+    print(
+        f"{args.data} holds neither train nor val: drawing {count} of its {len(files)} photographs"
+    )
     photos = []
     for n in range(count):
         photo = read_photo(os.fsdecode(files[n * len(files) // count]))
@@ -690,7 +693,7 @@ def demo(out: Path, seed: int) -> int:
     print(f"3. NeCo, without labels: python neco.py {flags} {DEMO}")
     neco.main(f"{flags} {DEMO}".split())
     weights = f"{out}/start.pth {out}/student.pth --pictures 3 --out {out}"
-    flags = f"--data {out}/data --backbone tiny --size 140 --weights {weights}"
+    flags = f"--data {out}/data --backbone tiny --size 140 --seed {seed} --weights {weights}"
     print(f"4. Before and after (the teacher still lags behind): python eval_seg.py {flags}")
     return main(flags.split())
 
@@ -710,7 +713,7 @@ def compare(args: argparse.Namespace) -> int:
     for name in ("results.json", "picture.png"):  # of other weights, perhaps
         (args.out / name).unlink(missing_ok=True)
     backbones = {}
-    for number, weights in enumerate(args.weights, 1):
+    for number, weights in enumerate(dict.fromkeys(args.weights), 1):
         torch.manual_seed(args.seed)  # tiny without weights is random
         file = None if weights == "none" else weights
         backbones[weights] = neco.load_backbone(args.backbone, args.hub, file)
@@ -721,7 +724,8 @@ def compare(args: argparse.Namespace) -> int:
 
     train, val, classes = load_dataset(args.dataset, args.data)
     print(f"{len(classes)} classes, {len(train):,} images to learn from, {len(val):,} to predict")
-    shown = [val[n * len(val) // args.pictures] for n in range(args.pictures)]
+    count = min(args.pictures, len(val))
+    shown = [val[n * len(val) // count] for n in range(count)]
     record = {"settings": vars(args)}
     for method in PROTOCOLS if args.method == "both" else [args.method]:
         learn, default_size, mask_size = PROTOCOLS[method]
@@ -733,8 +737,9 @@ def compare(args: argparse.Namespace) -> int:
             results[weights] = evaluate(predict, batches, classes)
             if shown:
                 batches = patch_features(backbone, shown, size, size, "pictures", args)
-                features[weights] = torch.cat([maps for maps, _ in batches])
-                predictions[weights] = [*predict(features[weights])]
+                maps = torch.cat([maps for maps, _ in batches])
+                predictions[weights] = [*predict(maps)]
+                features[weights] = maps.cpu()
             del predict  # and its memory, before the next is collected
             backbone.cpu()
         record[method] = results

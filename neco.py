@@ -3,17 +3,18 @@
 
 NeCo post-trains a pretrained vision transformer on unlabelled images, so that its patch features
 serve dense tasks better. A student and a teacher, which is the student's slow average, see
-different crops of one image. Take a patch of each that show the same place, and compare both with
-the same reference patches, drawn at random from a queue of teacher patches. The student learns to
-rank these references by similarity as the teacher does: a whole order of neighbours says more than
-one match, and it should not depend on crop and colour. A differentiable sorting network turns the
-similarities into a ranking: the probability of each reference to take each rank.
+different crops of one image. Take one patch from each crop, both of the same place, and compare the
+two with the same reference patches, drawn at random from a queue of teacher patches. The student
+learns to rank these references by similarity as the teacher does: who the neighbours of a patch
+are, in their whole order, should not depend on crop and colour. A differentiable sorting network
+turns similarities into a ranking: the probability of each reference to take each rank.
 
-The loss is the cross-entropy of the two rankings. It cannot fall below the entropy of the teacher's
-ranking, its floor. If all similarities became equal, so would all rankings, and the loss would rest
-at its floor, log R for R references: nothing in the loss forbids this collapse. Small steps, a slow
-teacher and a steep sort of the teacher's work against it. So watch the floor: a low loss means
-nothing by itself, and a floor that climbs towards log R is collapse.
+The loss is the cross-entropy of the student's ranking under the teacher's. It cannot fall below the
+entropy of the teacher's ranking, its floor. Nothing in the loss forbids that all similarities
+become equal: then rankings would be uniform, and the loss at its floor, about log R for R
+references. Small steps, a slow teacher and a steeper sort of its similarities counteract this
+collapse. So watch the floor: a low loss means nothing by itself, and a floor that climbs towards
+log R is collapse.
 
     python neco.py --data coco/train2017                              # the paper's recipe
     python neco.py --data photos --steps 2000 --batch-size 16         # a shorter run
@@ -21,7 +22,7 @@ nothing by itself, and a floor that climbs towards log R is collapse.
 
 The file reads as the paper does: backbone, sorting, loss, views, training. To copy the sort, take
 `sorting_network` and `soft_sort`; for the loss also `cosine_similarity`, `neco_loss` and
-`RankingLoss`; for the views, all of their section.
+`RankingLoss`, with the imports functools, math, torch, Tensor and F; for the views, their section.
 """
 
 import argparse
@@ -57,11 +58,11 @@ class InputError(ValueError):
 # Any vision transformer of torch.hub that gives its patch tokens after the final norm, as DINO,
 # DINOv2 and DINOv3 do. Class and register tokens are left out: NeCo works on patches alone.
 
-HUBS = {  # by what a backbone's name begins with: its hub, and what that is asked for
+HUBS = {  # by how a backbone's name begins: its hub, and more arguments of its entry points
     "dinov2": ("facebookresearch/dinov2", {"drop_path_rate": 0.1}),
-    # DINOv3 needs `pip install torchmetrics termcolor`; its weights come on request only, and are
-    # given by --weights. It offers no drop path. In training mode it rescales its positions at
-    # random, so the student's and not the teacher's: as in its own pretraining, and left at that.
+    # DINOv3 needs `pip install torchmetrics termcolor`. Its weights come on request only: give them
+    # by --weights. It offers no drop path. In training mode it rescales its positions at random:
+    # so the student does, and the teacher does not, as in DINOv3's own pretraining.
     "dinov3": ("facebookresearch/dinov3", {}),
     "dino": ("facebookresearch/dino:main", {"drop_path_rate": 0.1}),
 }
@@ -98,6 +99,8 @@ class Backbone(nn.Module):
         self.model = model
         self.embed_dim = model.embed_dim
         self.patch_size = getattr(model, "patch_size", None) or model.patch_embed.patch_size
+        if not hasattr(model, "get_intermediate_layers"):
+            raise TypeError("it gives no patch tokens")
 
     def forward(self, images: Tensor) -> Tensor:
         h = images.shape[2] // self.patch_size
@@ -143,16 +146,13 @@ def load_backbone(
         if hub is not None:
             source = "local" if os.path.isdir(hub) else "github"
             options = {"source": source, "pretrained": weights is None, **options}
-            options["skip_validation"] = True  # it knows branches and tags, but no commits
+            options["skip_validation"] = True  # which knows branches and tags, but no commits
             model = torch.hub.load(hub, name, trust_repo=True, **options)
         elif name == "tiny":
             model = TinyViT()
         else:
             raise ValueError("in none of the hubs")
-        backbone = Backbone(model).eval()
-        side = 2 * backbone.patch_size
-        with torch.no_grad():  # a trial, as hubs have models of other kinds too
-            backbone(torch.zeros(1, 3, side, side))
+        backbone = Backbone(model)
         if weights is not None:
             load_weights(model, weights)
     except Exception as error:  # the network, the code of the hub and torch.load may raise anything
@@ -167,7 +167,8 @@ def load_backbone(
 def load_weights(model: nn.Module, weights: str) -> None:
     """Load a state dict from a file or URL into a model, without the heads of its training."""
     if "://" in weights:
-        name = f"{zlib.crc32(weights.encode())}.pth"  # by default the last part of the URL alone
+        # Its name in the cache; by default the last part of the URL, which others may share.
+        name = f"{zlib.crc32(weights.encode())}.pth"
         load = functools.partial(torch.hub.load_state_dict_from_url, file_name=name)
     else:
         load = torch.load
@@ -180,11 +181,13 @@ def load_weights(model: nn.Module, weights: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- sorting
-# A wire holds a number. A comparator joins two wires and swaps their numbers if the larger one is
-# on the lower wire; a sorting network is a fixed list of comparators, in layers of such as can work
-# at the same time. Relaxed, a comparator mixes its two numbers: hardly if they are in order, almost
-# a swap if not. To see who takes which rank, let each wire also keep a row with the share of every
-# item in its number, and mix these rows as the numbers. In the end they are a soft permutation.
+# A wire holds a number. A comparator joins two wires and swaps their numbers, unless the smaller
+# one is already on the wire with the smaller index. A sorting network is a fixed list of
+# comparators, arranged in layers: those of a layer touch different wires and work at the same time.
+# Relaxed, a comparator mixes its two numbers: hardly if they are in order, and almost a swap if
+# not. To see who takes which rank, each wire also keeps a row: the share of every item in its
+# number, at first all of its own item. Rows are mixed as numbers are, and in the end they are the
+# soft permutation.
 
 
 @functools.cache
@@ -193,13 +196,14 @@ def sorting_network(n: int, device: torch.device | str = "cpu") -> list[Tensor]:
 
     Stage k = 0, 1, ... merges pairs of sorted blocks of 2^k wires. It is a tensor (k + 1, n), a row
     for each layer: its entry i is the wire that wire i is compared with, or i itself where it is
-    left alone. The smaller value always goes to the lower wire. For n = 4 there are two stages:
-    [[1, 0, 3, 2]], then [[3, 2, 1, 0], [1, 0, 3, 2]].
+    left alone. The smaller number always goes to the wire with the smaller index. For n = 4 there
+    are two stages: [[1, 0, 3, 2]], then [[3, 2, 1, 0], [1, 0, 3, 2]].
 
     Source: Batcher, "Sorting networks and their applications", 1968. A merge into blocks of S wires
     compares wire i with its mirror image in the block, i XOR (S - 1), which replaces reversing one
-    half, and then with i XOR S/4, S/8, ..., 1. If n is no power of two, think of smallest elements
-    in front, up to the next one: they never move, so they are left out.
+    half, and then with i XOR S/4, S/8, ..., 1. If n is no power of two, take the network of the
+    next power of two and think of its first wires as holding the smallest elements: these never
+    move, so the wires and their comparators are left out.
     """
     stages = (n - 1).bit_length()
     front = 2**stages - n  # wires that are left out
@@ -241,20 +245,20 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
     #     start:    [a]  [b]  [c]  [d]
     #     stage 0:  [a b]  [a b]  [c d]  [c d]
     #     stage 1:  [a b c d] on every wire
-    permutation = x[:, None] * 0 + 1  # (n, 1, B): each wire holds all of its own item
+    permutation = x[:, None] * 0 + 1  # (n, 1, B) ones; for n = 1 they still depend on x
     for stage, layers in enumerate(network):
         # Two blocks merge: columns for the items of the left block, then for those of the right.
-        # A wire has zeros for the block it is not of. If n is no power of two, the first columns of
-        # the last stage belong to wires that are left out.
+        # A wire has zeros for the block it is not of. Only in the last stage the first columns can
+        # be of wires that are left out: they are dropped.
         block = (wires + 2 ** len(network) - n) >> stage
         right = (block % 2).view(-1, 1, 1)  # 1 on the wires of a right block, else 0
         columns = [permutation * (1 - right), permutation * right]
         permutation = torch.cat(columns, dim=1)[:, -n:]
         for partner in layers:
-            sign = (partner - wires).sign()[:, None]  # 1 on a lower wire, -1 on an upper one
+            sign = (partner - wires).sign()[:, None]  # 1 on the first wire of two, -1 on the second
             other = x.index_select(0, partner)
             gap = sign * (other - x)  # x_hi - x_lo on both, (n, B)
-            # This is 1/2 - atan(s gap) / pi, and keeps its digits where that is small.
+            # The angle of the point (s gap, 1): 1/2 - atan(s gap) / pi, exact also near 0.
             w = torch.atan2(torch.ones_like(x), gap * steepness) / math.pi
             x = torch.lerp(x, other, w)
             other = permutation.index_select(0, partner)
@@ -283,7 +287,8 @@ def neco_loss(
     references: Tensor,
     steepness: float = 100.0,
     teacher_steepness: float | None = None,
-) -> Tensor:
+    with_floor: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Patch neighbor consistency: the student must rank the references as the teacher does.
 
     Args:
@@ -292,14 +297,15 @@ def neco_loss(
         references: the R patches that all N are compared with, (..., R, D); get no gradient.
         steepness: s > 0 of the student's sorting network, and of the teacher's by default.
         teacher_steepness: above `steepness`, it sharpens the target.
+        with_floor: return the floor of the loss, too.
 
     Returns:
-        -(Q * log P), summed over ranks and averaged over patches and items, with Q the teacher's
-        soft permutation [rank, item] and P the student's: a scalar, float32, or float64 for float64
-        features; differentiable once. It is the entropy of Q (`ranking_entropy`, at most log R)
-        plus the divergence of P from Q. That is 0 if P = Q: if the similarities are the same,
-        gaps included. The same order with other gaps costs a little; nor is it 0 for equal
-        features if the steepnesses differ.
+        -(Q * log P), summed over ranks and averaged over patches and references, with Q the
+        teacher's soft permutation [rank, item] and P the student's: a scalar, float32, or float64
+        for float64 features; differentiable once, and not available in torch.inference_mode. It is
+        the entropy of Q plus the divergence of P from Q. The divergence is 0 if both have the same
+        similarities and steepness; the same order with other gaps costs a little. With `with_floor`
+        a pair: the loss, and its floor, the entropy of Q.
 
     Raises:
         ValueError: student and teacher have different shapes.
@@ -313,11 +319,12 @@ def neco_loss(
     references = references.detach()
     x = cosine_similarity(student, references).flatten(0, -2)  # (B, R), B patches in all
     y = cosine_similarity(teacher.detach(), references).flatten(0, -2)
-    return RankingLoss.apply(x, y, steepness, teacher_steepness)
+    loss, floor = RankingLoss.apply(x, y, steepness, teacher_steepness)
+    return (loss, floor) if with_floor else loss
 
 
 class RankingLoss(torch.autograd.Function):
-    """Cross-entropy of the soft permutations of similarities x and y, (B, R) each.
+    """Cross-entropy of the soft permutations of similarities x and y, (B, R) each, and its floor.
 
     Autograd would keep dozens of R x R matrices for each patch. As the loss is a mean over patches,
     its value and its gradient are computed together, some patches at a time, and the matrices of
@@ -325,38 +332,31 @@ class RankingLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, y, steepness: float, teacher_steepness: float) -> Tensor:
-        # Numbers in a matrix R x R for every patch: many keep a GPU busy, few fit a core's cache.
+    def forward(ctx, x, y, steepness, teacher_steepness):
+        # As many patches as keep a GPU busy; on a CPU fewer, whose matrices fit a core's cache.
         numbers = 2**25 if x.is_cuda else 2**19
-        patches = max(1, numbers // x.shape[1] ** 2)
-        total = x.new_zeros(())
+        count = max(1, numbers // x.shape[1] ** 2)
+        total, floor = x.new_zeros(2)
         gradients = []
-        for some_x, some_y in zip(x.split(patches), y.split(patches)):
+        for some_x, some_y in zip(x.split(count), y.split(count)):
             _, Q = soft_sort(some_y, teacher_steepness)
             with torch.enable_grad():
                 some_x = some_x.detach().requires_grad_()
                 _, P = soft_sort(some_x, steepness)
                 smallest = torch.finfo(P.dtype).tiny
                 loss = -(Q * P.clamp_min(smallest).log()).sum() / x.numel()
-            gradients += torch.autograd.grad(loss, some_x)
+            (gradient,) = torch.autograd.grad(loss, some_x)
+            gradients.append(gradient)
             total += loss.detach()
+            floor += torch.special.entr(Q).sum() / x.numel()
         ctx.save_for_backward(*gradients)
-        return total
+        ctx.mark_non_differentiable(floor)
+        return total, floor
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad, _):
         return grad * torch.cat(ctx.saved_tensors), None, None, None
-
-
-@torch.no_grad()
-def ranking_entropy(teacher: Tensor, references: Tensor, steepness: float = 100.0) -> Tensor:
-    """The floor of `neco_loss`: the entropy of the teacher's soft permutation Q, from 0 to log R.
-
-    From features (..., N, D) and (..., R, D); summed over ranks, averaged over patches and items.
-    """
-    _, Q = soft_sort(cosine_similarity(teacher, references), steepness)
-    return torch.special.entr(Q).sum(-2).mean()
 
 
 # --------------------------------------------------------------------------------------- views
@@ -406,7 +406,7 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
-    """What boxes (..., 4) of left, top, right, bottom share: (..., 4), turned over if nothing."""
+    """What boxes (..., 4) of left, top, right, bottom share: a box, right < left if nothing."""
     left_top = torch.maximum(a, b)[..., :2]
     right_bottom = torch.minimum(a, b)[..., 2:]
     return torch.cat([left_top, right_bottom], dim=-1)
@@ -415,9 +415,9 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
 def random_box(image: Tensor, kind: CropKind, others: Tensor) -> Tensor:
     """Draw the box of a crop of an image (3, H, W), in pixels, that overlaps others (N, 4).
 
-    Its aspect ratio is 3/4 to 4/3, its share of the image as the kind says. Where an elongated
-    image has no room for that, it is the largest in the middle: 13 % of an image of 10:1. Beyond
-    66:1 even the middle is too little to overlap, and after 100 trials it is the whole image.
+    Its aspect ratio is 3/4 to 4/3, its share of the image as the kind says. An elongated image may
+    have no room for such a box: then it is the largest in the middle, 13 % of an image of 10:1.
+    Beyond 66:1 even these share less than 2 %, and after 100 trials it is the whole image.
     """
     height, width = image.shape[-2:]
     least = kind.overlap * height * width
@@ -441,8 +441,8 @@ def make_views(image: Tensor, kinds: list[CropKind]) -> dict:
     Source: multi-crop (Caron et al., SwAV, 2020) with the sizes of the public NeCo recipe.
     """
     boxes = torch.empty(0, 4)
-    crops = [[] for _ in kinds]
-    for kind, same_size in zip(kinds, crops):
+    crops = [[] for _ in kinds]  # for each kind a list
+    for kind, crops_of_kind in zip(kinds, crops):
         for _ in range(kind.count):
             box = random_box(image, kind, boxes[: kinds[0].count])
             boxes = torch.cat([boxes, box[None]])
@@ -450,8 +450,8 @@ def make_views(image: Tensor, kinds: list[CropKind]) -> dict:
             place = top, left, bottom - top, right - left
             crop = v2.functional.resized_crop(image, *place, [kind.size, kind.size])
             crop = change_colours(v2.functional.to_pil_image(crop))  # faster there than on tensors
-            same_size.append(v2.functional.pil_to_tensor(crop))
-    crops = [torch.stack(same_size) for same_size in crops if same_size]
+            crops_of_kind.append(v2.functional.pil_to_tensor(crop))
+    crops = [torch.stack(crops_of_kind) for crops_of_kind in crops if crops_of_kind]
     return {"crops": crops, "boxes": boxes}
 
 
@@ -461,8 +461,8 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
     Args:
         features: maps (B, D, h, w) of the crops.
         crop, region: boxes (B, 4) in image pixels, the region inside the crop. Cell k of a region
-            is the same place in all crops. (Only at the edge of a crop, where a map has no
-            neighbour to interpolate with, a cell is read up to half a patch further inside.)
+            is the same place in all crops. The exception is the edge of a crop, where a map has no
+            neighbour to interpolate with: there, a cell is read up to half a patch further inside.
         grid: cells a side.
 
     Returns:
@@ -486,7 +486,8 @@ def align(features: Tensor, crop: Tensor, region: Tensor, grid: int) -> Tensor:
 # batch, `mine`; gradients and queues are summed over all, so that their states stay the same.
 
 GLOBAL_CROPS = 2
-PATCHES_PER_IMAGE = 10  # that enter the queue of each global crop in a step
+PATCHES_PER_IMAGE = 10  # so many enter the queue of each global crop in a step
+# Flags that may change when a run is resumed:
 MAY_CHANGE = ("data", "out", "ranks", "workers", "device", "accumulate", "log_every", "save_every")
 
 
@@ -591,30 +592,31 @@ class Run(nn.Module):
         self.optimizer = torch.optim.AdamW(groups, fused=True)
 
 
-def push_patches(queue, maps, count, images, mine, rng):
-    """Put `count` random patches of each of the `images` of a batch in front of the queues.
+def push_patches(queue, maps, count, batch_size, mine, rng):
+    """Put `count` random patches of each image of a batch in front of the queues.
 
-    Takes and returns queues (2, Q, D), one for each global crop; maps are those of the teacher,
-    (b, D, h, w) for each global crop of the images at `mine` in the batch.
+    Takes and returns queues (2, Q, D), one for each global crop. The maps are those of the teacher,
+    for each global crop (b, D, h, w), of the images at `mine` in the batch. The places of the
+    patches are the same in all of them.
     """
     patches = torch.stack(maps).flatten(3).mT  # (2, b, h * w, D)
     places = torch.randperm(patches.shape[2], generator=rng, device=rng.device)
     patches = patches[:, :, places[:count]]
-    new = patches.new_zeros(len(maps), images, *patches.shape[2:])
+    new = patches.new_zeros(len(maps), batch_size, *patches.shape[2:])
     new[:, mine] = patches
-    new = all_reduce(new).flatten(1, 2)  # a gather: each process has filled in its own images
+    new = all_reduce(new).flatten(1, 2)  # a gather, as each process leaves the others' images at 0
     longer = torch.cat([new, queue], dim=1)
     return longer[:, : queue.shape[1]]
 
 
-def draw_references(queue, pairs, images, count, rng):
+def draw_references(queue, pairs, batch_size, count, rng):
     """Draw references from a queue (Q, D) for each image in each pair: (pairs, images, count, D).
 
-    They are the patches with the highest of Q random lots, hence none twice for an image.
+    They are the patches with the highest of Q random numbers, hence none twice for an image.
     """
-    size = pairs, images, len(queue)
-    lots = torch.rand(size, generator=rng, device=queue.device)
-    return queue[lots.topk(count).indices]
+    size = pairs, batch_size, len(queue)
+    numbers = torch.rand(size, generator=rng, device=queue.device)
+    return queue[numbers.topk(count).indices]
 
 
 def align_pairs(student_maps, teacher_maps, boxes, grid):
@@ -657,12 +659,13 @@ def train_step(run, batch, args, step, mine):
     with torch.no_grad(), autocast:
         teacher_maps = run.teacher(views[0])
     # Queue: some of its patches enter the queues, the oldest ones leave. In a small batch each
-    # image adds more of them, so that from the first step there are R to draw from.
+    # image adds more of them, so that there are R to draw from in the first step already.
     added = max(PATCHES_PER_IMAGE, math.ceil(R / B))
+    added = min(added, teacher_maps[0][0, 0].numel())
     run.queue = push_patches(run.queue, teacher_maps, added, B, mine, rng)
     filled = min((step + 1) * B * added, args.queue)
     # References: R patches of a queue, others for each image in each pair of crops.
-    pairs = boxes.shape[1] - 1  # of a global crop with another one
+    pairs = boxes.shape[1] - 1  # of one global crop with another crop
     drawn = []
     for queue in run.queue:
         drawn.append(draw_references(queue[:filled], pairs, B, R, rng))
@@ -681,12 +684,13 @@ def train_step(run, batch, args, step, mine):
         cells, targets = align_pairs(student_maps, target_maps, boxes[part], args.grid)
         # Loss: in each cell the student has to rank the references as the teacher does.
         compared = references[:, part]
-        part_loss = neco_loss(cells, targets, compared, args.steepness, args.teacher_steepness)
+        steepnesses = args.steepness, args.teacher_steepness
+        part_loss, part_floor = neco_loss(cells, targets, compared, *steepnesses, with_floor=True)
         share = len(part) / B  # of these images in the whole batch
         (part_loss * share).backward()
         loss += part_loss.detach() * share
-        floor += ranking_entropy(targets, compared, args.teacher_steepness) * share
-    # Step: AdamW moves the student. Rates and weight decay follow a cosine, from 1 to 0.
+        floor += part_floor * share
+    # Step: AdamW moves the student. The rates follow a cosine to 0, the weight decay to its end.
     for parameter in run.student.parameters():
         if parameter.grad is not None:
             all_reduce(parameter.grad)
@@ -698,9 +702,9 @@ def train_step(run, batch, args, step, mine):
         group["weight_decay"] = decay * group["decays"]
     run.optimizer.step()
     # Average: the teacher follows the student, ever more slowly: its momentum goes to 1.
-    pairs = zip(run.teacher.parameters(), run.student.parameters())
+    parameters = zip(run.teacher.parameters(), run.student.parameters())
     with torch.no_grad():
-        for average, parameter in pairs:
+        for average, parameter in parameters:
             average.lerp_(parameter, (1 - args.momentum) * cosine)
     return all_reduce(loss), all_reduce(floor)
 
@@ -755,7 +759,10 @@ def load_run(run, settings, out):
 
 
 def claim(checkpoint, settings):
-    """Create a first checkpoint: of two runs that start together, one does, the other must fit."""
+    """Create a first checkpoint, if there is none, with settings that later runs must have too.
+
+    Of two runs that start together only one can create it.
+    """
     with contextlib.suppress(FileExistsError), open(checkpoint, "xb") as file:
         torch.save({"step": 0, "log": [], "settings": settings}, file)
 
@@ -807,7 +814,7 @@ def train(args, files):
 
     start = time.monotonic()
     for step in range(first, args.steps + 1):  # steps that have been taken
-        # The first process saves, stops and reports; when it has ended, so do the others.
+        # The first process saves, stops and reports. Without it the others fail in all_reduce.
         ends = step == args.steps or (rank == 0 and signals)
         saves = ends or step == first or step % args.save_every == 0
         if rank == 0 and saves:  # at first to see at once whether the folder can be written
@@ -829,7 +836,7 @@ def train(args, files):
     if rank == 0:
         hub = f" --hub {args.hub}" if args.hub else ""
         print(
-            f"{out} holds student.pth, teacher.pth, checkpoint.pth and log.csv. What changed?\n"
+            f"{out} holds student.pth, teacher.pth, checkpoint.pth, log.csv. To see what changed:\n"
             f"python eval_seg.py --data {args.data} --backbone {args.backbone}{hub} "
             f"--weights {args.weights or 'none'} {out}/student.pth --pictures 6"
         )
@@ -857,13 +864,13 @@ def report(row, args, pace):
 def number(kind, least, most=math.inf):
     """A type of flag: a number of a kind, int or float, from `least` to `most`."""
 
-    def number(text):
+    def read_number(text):
         value = kind(text)
         if not least <= value <= most or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
         return value
 
-    return number
+    return read_number
 
 
 def device(text):
@@ -875,7 +882,7 @@ def device(text):
 
 
 def flags(usage):
-    """The parser of neco.py and of eval_seg.py with what they share, and how to add a flag."""
+    """A parser with the flags that neco.py and eval_seg.py share, and a function to add more."""
     parser = argparse.ArgumentParser(usage.split()[0], usage=usage)
 
     def add(flag, kind, default, text, **more):
@@ -887,7 +894,7 @@ def flags(usage):
     add("--backbone", str, "dinov2_vits14_reg", "dinov2_*, dinov3_*, dino_*, tiny, or any of --hub")
     add("--hub", str, None, "owner/repo[:ref] or local folder with hubconf.py; its code is run")
     add("--device", device, accelerator, "cpu, cuda, cuda:1, ...")
-    precision = "of the networks: bf16 on a GPU (fp32 before Ampere), else fp32"
+    precision = "of the networks (bf16 on a GPU: give fp32 if it is older than Ampere; else fp32)"
     add("--precision", str, None, precision, choices=["bf16", "fp32"])
     add("--workers", number(int, 0), processes, "processes that read images")
     add("--seed", number(int, 0, 2**63 - 1), 0, "of all that is random")
@@ -907,7 +914,7 @@ def run_command(command, parser, argv):
     except torch.cuda.OutOfMemoryError:
         return parser.error("the GPU is out of memory: a higher --accumulate, or smaller numbers")
     except OSError as error:
-        return parser.error(f"cannot use {error.filename}: {error.strerror or error}")
+        return parser.error(f"cannot use {error.filename or 'a file'}: {error.strerror or error}")
 
 
 def prepare(args):
@@ -934,6 +941,8 @@ def prepare(args):
     args.images = len(files)
     if args.steps is None:
         args.steps = args.epochs * (args.images // args.batch_size)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     if args.ranks > 1:  # started by torchrun
         dist.init_process_group()
     return train(args, files)
@@ -955,13 +964,18 @@ def main(argv=None):
     add("--global-size", natural, None, "side of the 2 global crops (518, or a bit less)")
     add("--local-size", natural, None, "side of the local crops (98, or a bit less)")
     add("--local-crops", number(int, 0), 4, "local crops of an image")
-    add("--grid", natural, 7, "N x N cells of a crop pair rank N x N references")
-    add("--queue", natural, 8192, "teacher patches to draw from, at least N x N; one batch is 640")
+    add("--grid", natural, 7, "each pair of crops has N x N cells, compared with N x N references")
+    add(
+        "--queue",
+        natural,
+        8192,
+        "teacher patches to draw from, at least N x N (--grid); a batch adds 640",
+    )
     add("--hidden", natural, 2048, "width of the head; less for a small backbone")
     add("--lr", rate, 1e-5, "learning rate of the backbone; three times as much can do harm")
     add("--head-lr", rate, 1e-4, "learning rate of the head")
     add("--weight-decay", rate, [0.04, 0.5], "of AdamW, at the start and at the end", nargs=2)
-    momentum = "of the teacher, 1 at the end; in a short run it hardly moves"
+    momentum = "of the teacher, 1 at the end; the teacher hardly moves in a short run"
     add("--momentum", number(float, 0, 1), 0.9995, momentum)
     add("--steepness", steepness, 100.0, "of the sorting network; the higher, the harder the sort")
     teacher = "as --steepness; a higher one works against collapse"

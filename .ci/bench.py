@@ -5,6 +5,7 @@
     python .ci/bench.py loss loader step                    # small enough for a CPU
     python .ci/bench.py loss --threads 2
     python .ci/bench.py step --backbone dinov2_vits14_reg --global-size 518 --local-size 98
+    python .ci/bench.py memory --backbone dinov2_vitl14_reg --global-size 518 --local-size 98
 
 What is compared takes turns in one process, after one call that does not count: medians (smallest
 to largest), and the median of the ratios within a turn. Peak memory is that of a process of its
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -146,18 +148,18 @@ def bench_loader(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder)
         paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+        kinds = [neco.CropKind(2, 518, (0.25, 1), 0.02), neco.CropKind(4, 98, (0.05, 0.25), 0.01)]
         calls = {
-            "make_views": lambda: [neco.make_views(neco.read_image(p), 518, 98, 4) for p in paths],
+            "make_views": lambda: [neco.make_views(neco.read_image(p), kinds) for p in paths],
             "torchvision on Pillow images": lambda: [usual_views(path) for path in paths],
         }
         for name, times in take_turns(calls, args.repeats).items():
             per_image = spread([value / len(paths) for value in times])
             print(f"six crops with colours, one core, {name}: {per_image} ms an image")
-        settings = argparse.Namespace(global_size=518, local_size=98, local_crops=4, seed=0)
-        settings.data, settings.batch_size = folder, len(paths)
-        crops = neco.Crops(neco.find_images(folder), settings)
-        options = {"num_workers": args.workers, "sampler": range(12 * len(paths))}
-        batches = iter(torch.utils.data.DataLoader(crops, len(paths), **options))
+        views = neco.Views(neco.find_images(folder), kinds, seed=0)
+        keys = [(step, image) for step in range(12) for image in range(len(paths))]
+        options = {"num_workers": args.workers, "sampler": keys}
+        batches = iter(torch.utils.data.DataLoader(views, len(paths), **options))
         next(batches)  # with the start of the workers
         rate = 11 * len(paths) / seconds(lambda: list(batches))
         print(f"DataLoader with {args.workers} workers: {rate:.1f} images a second")
@@ -168,19 +170,23 @@ def bench_loader(args: argparse.Namespace) -> None:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    flags = ["--data=none", "--steps=100", "--steepness=100", "--teacher-steepness=100"]
+    flags = ["--data=none", "--steps=100", "--teacher-steepness=100"]
     flags += [f"--{name}={value}" for name in STEP if (value := vars(args)[name])]
 
     def command(settings: argparse.Namespace) -> int:
         backbone = neco.load_backbone(settings.backbone, settings.hub, settings.weights)
         run, step = neco.Run(backbone, settings), iter(range(100))
         image = torch.randint(256, (3, 480, 640), dtype=torch.uint8)
-        sizes = settings.global_size, settings.local_size, settings.local_crops
-        views = [neco.make_views(image, *sizes) for _ in range(settings.batch_size)]
-        batch, mine = torch.utils.data.default_collate(views), slice(0, settings.batch_size)
+        kinds = [
+            neco.CropKind(2, settings.global_size, (0.25, 1.0), 0.02),
+            neco.CropKind(settings.local_crops, settings.local_size, (0.05, 0.25), 0.01),
+        ]
+        views = [neco.make_views(image, kinds) for _ in range(settings.batch_size)]
+        batch = torch.utils.data.default_collate(views)
 
         def call() -> float:
-            return neco.train_step(run, batch, settings, next(step), mine, False)[0].item()
+            loss, _ = neco.train_step(run, batch, settings, next(step), slice(0, None))
+            return loss.item()
 
         memory = peak(call)
         times = take_turns({"step": call}, args.repeats)["step"]
@@ -188,17 +194,55 @@ def bench_step(args: argparse.Namespace) -> None:
         print(f"step of {what}: {spread(times)} ms, {memory:.0f} MB")
         return 0
 
-    neco.run_command(argparse.ArgumentParser(), list(neco.FLAGS), flags, command)
+    neco.prepare = command
+    neco.main(flags)
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def bench_memory(args: argparse.Namespace) -> None:
+    """Count what autograd keeps of the student's forward pass on 64 images, without computing it.
+
+    Tensors are fake: they have sizes, and no content.
+    """
+    known, options = neco.HUBS.get(args.backbone.split("_")[0], (None, {}))
+    hub = args.hub or known
+    source = "local" if os.path.isdir(hub) else "github"
+    views = (2, vars(args)["global-size"]), (4, vars(args)["local-size"])
+    for precision, half in (("bf16", True), ("fp32", False)):
+        storages = {}
+
+        def keep(x: torch.Tensor, storages=storages):
+            if not isinstance(x, torch.nn.Parameter):
+                storage = x.untyped_storage()
+                storages[storage._cdata] = storage
+            return x
+
+        model = torch.hub.load(
+            hub, args.backbone, source=source, trust_repo=True, pretrained=False, **options
+        )
+        network = neco.Network(neco.Backbone(model), 2048).train()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            crops = [torch.zeros(64, count, 3, size, size) for count, size in views]
+            kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+            with kept, torch.autocast("cpu", torch.bfloat16, enabled=half):
+                maps = [network(each) for each in crops]
+        size = sum(storage.nbytes() for storage in storages.values()) / 1e9
+        print(
+            f"{args.backbone}, {len(maps)} kinds of crops of 64 images, {precision}: {size:.1f} GB"
+        )
 
 
 STEP = {"backbone": "tiny", "hub": "", "weights": "", "batch-size": 8}
 STEP |= {"global-size": 98, "local-size": 42}
 SECTIONS = {"loss": bench_loss, "loader": bench_loader, "step": bench_step}
+SECTIONS["memory"] = bench_memory
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help="loss, loader, step")
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS)[:3])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
