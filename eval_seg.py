@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Are the patch features better now? In-context and linear segmentation, as figures and pictures.
+"""Are the patch features better after a training? Two kinds of segmentation tell, and pictures.
 
     python eval_seg.py --demo                        # makes its images, trains and evaluates
     python eval_seg.py --data VOCdevkit/VOC2012 --dataset voc --weights none runs/neco/student.pth
@@ -7,21 +7,22 @@
     python eval_seg.py --data streets                # train/ and val/, each with images/ and masks/
     python eval_seg.py --data photos --weights none runs/neco/student.pth    # no masks: a picture
 
-The backbone is frozen, and two protocols ask what its patch features tell about classes.
+The backbone is frozen, and two protocols measure how much its patch features tell about classes.
 In-context: a patch takes the labels of its nearest neighbours among the training patches; nothing
 is trained. Linear: one linear layer maps features to classes. On voc, ade20k and coco-* it is
-trained as in the literature, for 25 epochs of SGD on random crops. A folder of your own may be so
-small that this ends before the layer has learned, and the figure would tell how fast it learns, not
-how much there is to learn. There the layer is fitted by L-BFGS until it has converged.
+trained as in the literature, for 25 epochs of SGD on random crops. On a folder of your own this may
+be too few steps, and the figure would tell how fast the layer learns. So there it is fitted to all
+patches by 60 iterations of L-BFGS, which is enough to converge.
 
 Compare figures within a table of this file. Published in-context tables mostly come from the public
 evaluator, open-hummingbird-eval, and differ in more than the features:
 
                            this file                   public evaluator
     memory                 whole training images       random crops with colour jitter
-    pixels without label   have no vote                vote as class 0
+    training pixels
+      without label        have no vote                vote as class 0
     classes of ADE20K      150                         151, one of them with an IoU of 0
-    predicted classes      count as they are           are matched to the true ones (Hungarian)
+    predicted classes      count as they are           are renamed to fit the truth (Hungarian)
     deviation of blue      0.225, as in ImageNet       0.255
 
 The public linear probe averages over 151 classes on ADE20K as well.
@@ -58,15 +59,15 @@ from neco import InputError
 
 # ----------------------------------------------------------------------------------- data sets
 # A data set is a list of items to learn from, a list of items to predict, and the class names. The
-# files are expected where the official archives unpack to.
+# files are expected where their archives unpack to.
 
 IGNORE = 255  # in a mask: a pixel without label
 NEAREST = InterpolationMode.NEAREST_EXACT
 VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog
 horse motorbike person pottedplant sheep sofa train tvmonitor"""
-Item = tuple[Path, Path, dict[int, int]]  # image, mask, and the class (or IGNORE) of each value
+Item = tuple[Path, Path, dict[int, int]]  # image, mask, and mask value -> class or IGNORE
 DataSet = tuple[list[Item], list[Item], list[str]]
-Batches = Iterable[tuple[Tensor, Tensor]]  # features (B, D, h, w), masks (B, M, M)
+Batches = Iterable[tuple[Tensor, Tensor]]  # features (B, D, h, w), square masks (B, M, M)
 
 
 def pair(images: Path, masks: Path, names: Iterable[str], values: dict[int, int]) -> list[Item]:
@@ -119,7 +120,7 @@ def load_coco_things(root: Path) -> DataSet:
         numbers = {category: classes.index(name) for category, name in names.items()}
         items = []
         for annotation in content["annotations"]:
-            values = {0: IGNORE}  # a pixel of no segment
+            values = {0: IGNORE}  # of no segment; stuff is ignored below
             for segment in annotation["segments_info"]:
                 values[segment["id"]] = numbers.get(segment["category_id"], IGNORE)
             items += pair(root / split, masks, [Path(annotation["file_name"]).stem], values)
@@ -172,7 +173,7 @@ def load_folder(root: Path) -> DataSet:
 
 
 COCO = "train2017.zip, val2017.zip, {}_annotations_trainval2017.zip and the archives inside it"
-DATASETS = {  # name: the function that lists its items, and what its files come with
+DATASETS = {  # name: the function that lists its items, and the archives that hold its files
     "voc": (load_voc, "VOCtrainval_11-May-2012.tar"),
     "ade20k": (load_ade20k, "ADEChallengeData2016.zip"),
     "coco-things": (load_coco_things, COCO.format("panoptic")),
@@ -226,7 +227,8 @@ def read_photo(path: Path) -> Tensor:
 def read_batch(items: list[Item], size: int, mask_size: int, crop: bool) -> tuple[Tensor, Tensor]:
     """Read images (B, 3, size, size) and their masks (B, mask_size, mask_size), both uint8.
 
-    They show the whole image, or with `crop` a random 80 to 100 % of its area, flipped or not.
+    They show the whole image, or with `crop` 80 to 100 % of its area (RandomResizedCrop), flipped
+    or not, squeezed to a square.
     """
     images, masks = [], []
     for path, mask_path, values in items:
@@ -340,7 +342,7 @@ def choose_patches(labels: Tensor, count: int, uniform: Tensor) -> Tensor:
 def collect_patches(
     batches: Batches, images: int, classes: int, memory: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Collect labelled patches of so many images, `memory` / images of each at most.
+    """Collect labelled patches, of each of so many `images` at most `memory` / images.
 
     Batches of features and masks of the image's size -> features (N, D) and class frequencies
     (N, C), in half precision on a GPU. InputError: there is no labelled pixel.
@@ -377,7 +379,7 @@ def search(queries: Tensor, memory: Tensor, k: int, chunk: int = 2**14) -> tuple
         products = queries @ memory[start : start + chunk].T
         values, places = products.topk(min(k, products.shape[1]))
         values = torch.cat([best, values], dim=1)
-        best, order = values.topk(min(k, values.shape[1]))
+        best, order = values.topk(min(k, values.shape[1]))  # of those so far and of this chunk
         indices = torch.cat([indices, start + places], dim=1).gather(1, order)
     return best, indices
 
@@ -408,7 +410,7 @@ def in_context(backbone, train: list[Item], classes: int, size: int, args) -> Ca
 
 
 # -------------------------------------------------------------------------------------- linear
-# How much one linear layer reads from frozen features, compared with masks of 100 x 100 pixels.
+# How much one linear layer reads from frozen features, on masks of 100 x 100 pixels.
 # The docstring on top says which of the two ways to fit it is for which data sets.
 
 PROBE_SIZE = 100
@@ -430,10 +432,10 @@ def train_probe(probe: nn.Module, batches: Batches, steps: int) -> None:
 
 
 def solve_probe(layer: nn.Conv2d, features: Tensor, frequencies: Tensor, rounds: int = 10) -> None:
-    """Fit a 1x1 convolution to all patches until it has converged: there is no rate to choose.
+    """Fit a 1x1 convolution to all patches: there is no learning rate to choose.
 
-    Features (N, D) and, as soft targets, class frequencies (N, C). A round is six iterations of
-    L-BFGS, on features of which each of the D numbers has mean 0 and deviation 1.
+    Features (N, D) and, as soft targets, class frequencies (N, C). A round is at most six
+    iterations of L-BFGS, on features of which each dimension has mean 0 and deviation 1.
     """
     std, mean = (part.float() for part in torch.std_mean(features, dim=0))
     std = std.clamp(min=1e-6)  # of a number that never changes
@@ -475,7 +477,7 @@ def linear(backbone, train: list[Item], classes: int, size: int, args) -> Callab
     return lambda features: probe(features).argmax(1)
 
 
-PROTOCOLS = {  # name: how it learns, side of its input, and of the masks (None: the same)
+PROTOCOLS = {  # name: how it learns, side of its input, side of masks to predict (None: the same)
     "in-context": (in_context, 518, None),
     "linear": (linear, 448, PROBE_SIZE),
 }
@@ -488,7 +490,7 @@ CELL, GAP, LINE, NAME = 280, 6, 24, 140  # width of an image, gap, line of text,
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """The colour of a class: no two alike, and far apart for neighbours."""
+    """The colour of a class: no two of 150 the same, and far apart for consecutive numbers."""
     saturation, value = 90 - number // 4 % 2 * 25, 95 - number % 4 * 15
     return ImageColor.getrgb(f"hsv({number * 99.5 % 360}, {saturation}%, {value}%)")
 
@@ -611,9 +613,9 @@ def show_photographs(args, backbones: dict) -> int:
 
 
 # ---------------------------------------------------------------------------------------- demo
-# Textures on shapes, in any colour. The start is taught that colour and the whole image matter,
-# which is wrong for these masks, and NeCo has to unlearn it. So short a run takes large rates, and
-# its teacher lags behind: the student is evaluated.
+# Textures on shapes, in any colour. Its starting weights are taught that colour and the whole image
+# matter, which is wrong for these masks, and NeCo has to unlearn it. A run as short as this needs
+# large rates, and the teacher, a slow average, lags behind: the student is evaluated.
 
 DEMO = (
     "--backbone tiny --hidden 128 --batch-size 8 --steps 240 --global-size 98 --local-size 42 "
@@ -624,8 +626,8 @@ DEMO = (
 def paint(textures: Tensor, hues: Tensor, size: int) -> Tensor:
     """Paint noisy images (n, 3, size, size) in 0-1, each of one texture in two colours.
 
-    Textures (n,) 0 to 3 are stripes, turned by 45 degrees each, 4 and 5 are checks; half a number
-    more turns by 22.5. Hues (n,) are in turns of the colour circle. All else is random.
+    Textures (n,) 0 to 3 are stripes, turned by 45 degrees each, 4 and 5 are checks; adding 0.5
+    turns them by 22.5 degrees. Hues (n,) are in turns of the colour circle. All else is random.
     """
     n = len(textures)
     textures = textures.view(-1, 1, 1)
@@ -665,8 +667,8 @@ def write_demo_images(folder: Path, size: int = 140) -> None:
 
 
 def warm_up(steps: int = 130, batch: int = 64) -> nn.Module:
-    """Train `tiny` a little, as on ImageNet, on labels of whole images: which texture, from between
-    those of the evaluation, and which half of the colour circle."""
+    """Train `tiny` a little, as on ImageNet, on labels of whole images: the texture, one halfway
+    between two of the evaluation, and the half of the colour circle."""
     backbone, classifier = neco.load_backbone("tiny"), nn.Linear(64, 12)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *classifier.parameters()])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -699,7 +701,7 @@ def demo(out: Path, seed: int) -> int:
 
 
 # -------------------------------------------------------------------------------- command line
-# Sizes, memory and epochs are the protocol's. What both scripts have in common stands in neco.py.
+# Sizes, memory and epochs are the protocol's. What both scripts have in common is in neco.py.
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -774,10 +776,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--dataset", str, "folder", "its layout", choices=DATASETS)
     add("--weights", str, ["none"], "files or URLs; none for those of the hub", nargs="+")
     add("--method", str, "both", "protocol", choices=[*PROTOCOLS, "both"])
-    add("--size", natural, None, "side of the input (518 in-context, 448 linear, or a bit less)")
+    add("--size", natural, None, "side of the input (518 in-context, 448 linear, in whole patches)")
     add("--memory", natural, 10_240_000, "patches kept at most")
     add("--epochs", natural, 25, "of SGD on a probe")
-    add("--pictures", neco.number(int, 0), 6, "images in picture.png")
+    add(
+        "--pictures",
+        neco.number(int, 0),
+        6,
+        "images in picture.png; of two protocols, it shows the first",
+    )
     add("--out", Path, None, "folder for the results (runs/eval, runs/demo)")
     return neco.run_command(compare, parser, argv)
 

@@ -11,10 +11,9 @@ turns similarities into a ranking: the probability of each reference to take eac
 
 The loss is the cross-entropy of the student's ranking under the teacher's. It cannot fall below the
 entropy of the teacher's ranking, its floor. Nothing in the loss forbids that all similarities
-become equal: then rankings would be uniform, and the loss at its floor, about log R for R
-references. Small steps, a slow teacher and a steeper sort of its similarities counteract this
-collapse. So watch the floor: a low loss means nothing by itself, and a floor that climbs towards
-log R is collapse.
+become equal: then rankings are nearly uniform, the floor is near log R for R references, and the
+loss above it is 0. Small steps, a slow teacher and a steeper sort for the teacher counteract this
+collapse. A small loss above the floor is therefore no success by itself: the floor must stay low.
 
     python neco.py --data coco/train2017                              # the paper's recipe
     python neco.py --data photos --steps 2000 --batch-size 16         # a shorter run
@@ -146,7 +145,7 @@ def load_backbone(
         if hub is not None:
             source = "local" if os.path.isdir(hub) else "github"
             options = {"source": source, "pretrained": weights is None, **options}
-            options["skip_validation"] = True  # which knows branches and tags, but no commits
+            options["skip_validation"] = True  # validation knows branches and tags, but no commits
             model = torch.hub.load(hub, name, trust_repo=True, **options)
         elif name == "tiny":
             model = TinyViT()
@@ -247,9 +246,9 @@ def soft_sort(x: Tensor, steepness: float = 100.0) -> tuple[Tensor, Tensor]:
     #     stage 1:  [a b c d] on every wire
     permutation = x[:, None] * 0 + 1  # (n, 1, B) ones; for n = 1 they still depend on x
     for stage, layers in enumerate(network):
-        # Two blocks merge: columns for the items of the left block, then for those of the right.
-        # A wire has zeros for the block it is not of. Only in the last stage the first columns can
-        # be of wires that are left out: they are dropped.
+        # Two blocks merge: columns for the items of the left block, then for those of the right,
+        # with zeros on the wires of the other block. If n is no power of two, the single block of
+        # the last stage has columns for the wires that are left out: the first ones, and dropped.
         block = (wires + 2 ** len(network) - n) >> stage
         right = (block % 2).view(-1, 1, 1)  # 1 on the wires of a right block, else 0
         columns = [permutation * (1 - right), permutation * right]
@@ -300,12 +299,13 @@ def neco_loss(
         with_floor: return the floor of the loss, too.
 
     Returns:
-        -(Q * log P), summed over ranks and averaged over patches and references, with Q the
-        teacher's soft permutation [rank, item] and P the student's: a scalar, float32, or float64
-        for float64 features; differentiable once, and not available in torch.inference_mode. It is
-        the entropy of Q plus the divergence of P from Q. The divergence is 0 if both have the same
-        similarities and steepness; the same order with other gaps costs a little. With `with_floor`
-        a pair: the loss, and its floor, the entropy of Q.
+        For each reference the cross-entropy of its probabilities to take each rank, averaged over
+        references and patches: -(Q * log P).sum(ranks).mean(), with Q the teacher's soft
+        permutation [rank, item] and P the student's. A scalar, float32, or float64 for float64
+        features; differentiable once, and not available in torch.inference_mode. It is the entropy
+        of Q plus the divergence of P from Q. The divergence is 0 if both have the same similarities
+        and steepness; the same order with other gaps costs a little. With `with_floor` a pair: the
+        loss, and its floor, the entropy of Q.
 
     Raises:
         ValueError: student and teacher have different shapes.
@@ -317,14 +317,14 @@ def neco_loss(
     if teacher_steepness is None:
         teacher_steepness = steepness
     references = references.detach()
-    x = cosine_similarity(student, references).flatten(0, -2)  # (B, R), B patches in all
+    x = cosine_similarity(student, references).flatten(0, -2)  # (patches, R)
     y = cosine_similarity(teacher.detach(), references).flatten(0, -2)
     loss, floor = RankingLoss.apply(x, y, steepness, teacher_steepness)
     return (loss, floor) if with_floor else loss
 
 
 class RankingLoss(torch.autograd.Function):
-    """Cross-entropy of the soft permutations of similarities x and y, (B, R) each, and its floor.
+    """Cross-entropy of the soft permutations of similarities x and y, (patches, R), and its floor.
 
     Autograd would keep dozens of R x R matrices for each patch. As the loss is a mean over patches,
     its value and its gradient are computed together, some patches at a time, and the matrices of
@@ -586,7 +586,7 @@ class Run(nn.Module):
         groups = []
         rates = {self.student.backbone: args.lr, self.student.head: args.head_lr}
         for part, rate in rates.items():
-            for decays in (True, False):  # biases and other vectors do not decay
+            for decays in (True, False):  # parameters of one dimension, as biases, do not decay
                 chosen = [p for p in part.parameters() if (p.ndim > 1) == decays]
                 groups.append({"params": chosen, "first_lr": rate, "decays": decays})
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -664,25 +664,26 @@ def train_step(run, batch, args, step, mine):
     added = min(added, teacher_maps[0][0, 0].numel())
     run.queue = push_patches(run.queue, teacher_maps, added, B, mine, rng)
     filled = min((step + 1) * B * added, args.queue)
-    # References: R patches of a queue, others for each image in each pair of crops.
+    # References: R patches of a queue, which may be of this batch, others for each image in each
+    # pair of crops. R = N, the cells of a pair, is the paper's choice; the loss does not need it.
     pairs = boxes.shape[1] - 1  # of one global crop with another crop
     drawn = []
     for queue in run.queue:
         drawn.append(draw_references(queue[:filled], pairs, B, R, rng))
-    references = torch.cat(drawn)[:, mine]  # (2 * pairs, b, R, 256)
+    references = torch.cat(drawn)[:, mine]  # (2 * pairs, b, R, 256), as in align_pairs
 
     loss, floor = torch.zeros(2, device=args.device)
     run.optimizer.zero_grad()
     images = torch.arange(len(boxes), device=args.device)
     for part in images.chunk(args.accumulate):
-        # Student: it reads all crops. A pair of crops shares N = R cells.
+        # Student: it reads all crops.
         student_maps = []
         with autocast:
             for crops in views:
                 student_maps += run.student(crops[part])
         target_maps = [maps[part] for maps in teacher_maps]
         cells, targets = align_pairs(student_maps, target_maps, boxes[part], args.grid)
-        # Loss: in each cell the student has to rank the references as the teacher does.
+        # Loss: in each cell (2 * pairs, b, N) it has to rank the references as the teacher does.
         compared = references[:, part]
         steepnesses = args.steepness, args.teacher_steepness
         part_loss, part_floor = neco_loss(cells, targets, compared, *steepnesses, with_floor=True)
@@ -789,7 +790,7 @@ def train(args, files):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         claim(out / "checkpoint.pth", settings)
-        all_reduce(torch.zeros(1))
+        all_reduce(torch.zeros(1))  # lets the others go on
     first, log = load_run(run, settings, out)
 
     kinds = [
@@ -919,8 +920,6 @@ def run_command(command, parser, argv):
 
 def prepare(args):
     """Check what takes more than one flag to check, and train."""
-    if args.teacher_steepness is None:
-        args.teacher_steepness = args.steepness
     args.ranks = int(os.environ.get("WORLD_SIZE", 1))
     parts = args.accumulate * args.ranks
     if args.batch_size % parts:

@@ -170,7 +170,7 @@ def bench_loader(args: argparse.Namespace) -> None:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    flags = ["--data=none", "--steps=100", "--teacher-steepness=100"]
+    flags = ["--data=none", "--steps=100"]
     flags += [f"--{name}={value}" for name in STEP if (value := vars(args)[name])]
 
     def command(settings: argparse.Namespace) -> int:
