@@ -636,6 +636,21 @@ def align_pairs(student_maps, teacher_maps, boxes, grid):
     return torch.stack(student), torch.stack(teacher)
 
 
+def set_rates(optimizer, cosine, weight_decay):
+    """Set learning rates and weight decay for a cosine that falls from 1 to 0 over a training."""
+    first, last = weight_decay
+    for group in optimizer.param_groups:
+        group["lr"] = group["first_lr"] * cosine
+        group["weight_decay"] = (last + (first - last) * cosine) * group["decays"]
+
+
+@torch.no_grad()
+def follow(teacher, student, share):
+    """Move the teacher's weights by a share of their distance towards the student's."""
+    for average, parameter in zip(teacher.parameters(), student.parameters()):
+        average.lerp_(parameter, share)
+
+
 def train_step(run, batch, args, step, mine):
     """Take step number `step`, counted from 0, with the settings `args`, named as the flags.
 
@@ -696,17 +711,10 @@ def train_step(run, batch, args, step, mine):
         if parameter.grad is not None:
             all_reduce(parameter.grad)
     cosine = (1 + math.cos(math.pi * step / args.steps)) / 2
-    first_decay, last_decay = args.weight_decay
-    decay = last_decay + (first_decay - last_decay) * cosine
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["first_lr"] * cosine
-        group["weight_decay"] = decay * group["decays"]
+    set_rates(run.optimizer, cosine, args.weight_decay)
     run.optimizer.step()
     # Average: the teacher follows the student, ever more slowly: its momentum goes to 1.
-    parameters = zip(run.teacher.parameters(), run.student.parameters())
-    with torch.no_grad():
-        for average, parameter in parameters:
-            average.lerp_(parameter, (1 - args.momentum) * cosine)
+    follow(run.teacher, run.student, (1 - args.momentum) * cosine)
     return all_reduce(loss), all_reduce(floor)
 
 
@@ -759,6 +767,22 @@ def load_run(run, settings, out):
     return state["step"], state["log"]
 
 
+def load_views(args, files, steps, mine):
+    """Iterate over the views of the images at `mine` in the batches of some steps."""
+    kinds = [
+        CropKind(GLOBAL_CROPS, args.global_size, share=(0.25, 1.0), overlap=0.02),
+        CropKind(args.local_crops, args.local_size, share=(0.05, 0.25), overlap=0.01),
+    ]
+    batches = (draw_batch(len(files), args.batch_size, step, args.seed)[mine] for step in steps)
+    loader = DataLoader(
+        Views(files, kinds, args.seed),
+        batch_sampler=batches,
+        num_workers=args.workers,
+        pin_memory=args.device.type == "cuda",
+    )
+    return iter(loader)
+
+
 def claim(checkpoint, settings):
     """Create a first checkpoint, if there is none, with settings that later runs must have too.
 
@@ -793,22 +817,8 @@ def train(args, files):
         all_reduce(torch.zeros(1))  # lets the others go on
     first, log = load_run(run, settings, out)
 
-    kinds = [
-        CropKind(GLOBAL_CROPS, args.global_size, (0.25, 1.0), 0.02),
-        CropKind(args.local_crops, args.local_size, (0.05, 0.25), 0.01),
-    ]
-    batches = (
-        draw_batch(len(files), args.batch_size, step, args.seed)[mine]
-        for step in range(first, args.steps)
-    )
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the workers, which start in these lines
-    loader = DataLoader(
-        Views(files, kinds, args.seed),
-        batch_sampler=batches,
-        num_workers=args.workers,
-        pin_memory=args.device.type == "cuda",
-    )
-    loader = iter(loader)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the loader's workers, which start now
+    loader = load_views(args, files, range(first, args.steps), mine)
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda arrived, _: signals.append(arrived))
@@ -868,9 +878,10 @@ def number(kind, least, most=math.inf):
     def read_number(text):
         value = kind(text)
         if not least <= value <= most or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least} and at most {most}")
         return value
 
+    read_number.__name__ = kind.__name__  # for the message of argparse
     return read_number
 
 
