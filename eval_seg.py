@@ -93,7 +93,8 @@ def load_voc(root: Path) -> DataSet:
     values = {n: n for n in [*range(21), IGNORE]}
     items = []
     for split, masks in splits.items():
-        names = (lists / f"{split}.txt").read_text().split()
+        words = (lists / f"{split}.txt").read_text().split()
+        names = dict.fromkeys(Path(word).stem for word in words)  # some lists hold pairs of paths
         items.append(pair(root / "JPEGImages", root / masks, names, values))
     return *items, VOC_CLASSES.split()
 
@@ -114,12 +115,12 @@ def load_coco_things(root: Path) -> DataSet:
     splits = []
     for split in ("train2017", "val2017"):
         masks = root / "annotations" / f"panoptic_{split}"
-        content = read_json(masks.with_suffix(".json"))
-        names = {c["id"]: c["supercategory"] for c in content["categories"] if c["isthing"]}
+        categories, annotations = read_json(masks.with_suffix(".json"), "categories", "annotations")
+        names = {c["id"]: c["supercategory"] for c in categories if c["isthing"]}
         classes = sorted(set(names.values()))
         numbers = {category: classes.index(name) for category, name in names.items()}
         items = []
-        for annotation in content["annotations"]:
+        for annotation in annotations:
             values = {0: IGNORE}  # of no segment; stuff is ignored below
             for segment in annotation["segments_info"]:
                 values[segment["id"]] = numbers.get(segment["category_id"], IGNORE)
@@ -131,8 +132,8 @@ def load_coco_things(root: Path) -> DataSet:
 def load_coco_stuff(root: Path) -> DataSet:
     """COCO 2017 stuff: its 15 super-categories; things (0) and `other` (183) are ignored."""
     # stuff_train2017.json has the same categories, and 20 times the size
-    content = read_json(root / "annotations/stuff_val2017.json")
-    names = {c["id"]: c["supercategory"] for c in content["categories"]}
+    (categories,) = read_json(root / "annotations/stuff_val2017.json", "categories")
+    names = {c["id"]: c["supercategory"] for c in categories}
     classes = sorted(set(names.values()) - {"other"})
     values = {0: IGNORE}
     for value, name in names.items():
@@ -144,11 +145,13 @@ def load_coco_stuff(root: Path) -> DataSet:
     return *splits, classes
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *keys: str) -> list:
+    """Read some entries of a JSON file; InputError if it is cut off, or lacks one."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is cut off, or no JSON ({error}): unpack it again") from error
+        content = json.loads(path.read_bytes())
+        return [content[key] for key in keys]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is cut off, or no annotation file of COCO ({error!r})") from error
 
 
 def load_folder(root: Path) -> DataSet:
@@ -192,9 +195,6 @@ def load_dataset(name: str, root: Path) -> DataSet:
             mask.stat()
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing: --dataset {name} needs {source}") from error
-    except (KeyError, TypeError) as error:
-        reason = f"an annotation is not as it should be ({error!r})"
-        raise InputError(f"--data {root}: {reason}: --dataset {name} needs {source}") from error
     if not train or not val:
         raise InputError(f"--data {root} has no images to learn from, or none to predict")
     return train, val, classes
