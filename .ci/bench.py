@@ -148,7 +148,7 @@ def bench_loader(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder)
         paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
-        kinds = [neco.CropKind(2, 518, (0.25, 1), 0.02), neco.CropKind(4, 98, (0.05, 0.25), 0.01)]
+        kinds = [(2, 518, (0.25, 1), 0.02), (4, 98, (0.05, 0.25), 0.01)]
         calls = {
             "make_views": lambda: [neco.make_views(neco.read_image(p), kinds) for p in paths],
             "torchvision on Pillow images": lambda: [usual_views(path) for path in paths],
@@ -156,10 +156,10 @@ def bench_loader(args: argparse.Namespace) -> None:
         for name, times in take_turns(calls, args.repeats).items():
             per_image = spread([value / len(paths) for value in times])
             print(f"six crops with colours, one core, {name}: {per_image} ms an image")
-        views = neco.Views(neco.find_images(folder), kinds, seed=0)
-        keys = [(step, image) for step in range(12) for image in range(len(paths))]
-        options = {"num_workers": args.workers, "sampler": keys}
-        batches = iter(torch.utils.data.DataLoader(views, len(paths), **options))
+        settings = argparse.Namespace(batch_size=len(paths), seed=0)
+        views = neco.Views(paths, kinds, settings, slice(0, None))
+        options = {"num_workers": args.workers, "sampler": range(12), "batch_size": None}
+        batches = iter(torch.utils.data.DataLoader(views, **options))
         next(batches)  # with the start of the workers
         rate = 11 * len(paths) / seconds(lambda: list(batches))
         print(f"DataLoader with {args.workers} workers: {rate:.1f} images a second")
@@ -178,15 +178,15 @@ def bench_step(args: argparse.Namespace) -> None:
         run, step = neco.Run(backbone, settings), iter(range(100))
         image = torch.randint(256, (3, 480, 640), dtype=torch.uint8)
         kinds = [
-            neco.CropKind(2, settings.global_size, (0.25, 1.0), 0.02),
-            neco.CropKind(settings.local_crops, settings.local_size, (0.05, 0.25), 0.01),
+            (2, settings.global_size, (0.25, 1.0), 0.02),
+            (settings.local_crops, settings.local_size, (0.05, 0.25), 0.01),
         ]
         views = [neco.make_views(image, kinds) for _ in range(settings.batch_size)]
         batch = torch.utils.data.default_collate(views)
 
         def call() -> float:
-            loss, _ = neco.train_step(run, batch, settings, next(step), slice(0, None))
-            return loss.item()
+            losses = neco.train_step(run, batch, settings, next(step), slice(0, None))
+            return losses[0].item()
 
         memory = peak(call)
         times = take_turns({"step": call}, args.repeats)["step"]
@@ -206,8 +206,9 @@ def bench_memory(args: argparse.Namespace) -> None:
 
     Tensors are fake: they have sizes, and no content.
     """
-    known, options = neco.HUBS.get(args.backbone.split("_")[0], (None, {}))
-    hub = args.hub or known
+    kind = args.backbone.split("_")[0]
+    hub = args.hub or f"facebookresearch/{kind}"
+    options = {"drop_path_rate": 0.1} if kind in ("dino", "dinov2") else {}
     source = "local" if os.path.isdir(hub) else "github"
     views = (2, vars(args)["global-size"]), (4, vars(args)["local-size"])
     for precision, half in (("bf16", True), ("fp32", False)):
@@ -224,7 +225,7 @@ def bench_memory(args: argparse.Namespace) -> None:
         )
         network = neco.Network(neco.Backbone(model), 2048).train()
         with FakeTensorMode(allow_non_fake_inputs=True):
-            crops = [torch.zeros(64, count, 3, size, size) for count, size in views]
+            crops = [torch.zeros(count, 64, 3, size, size) for count, size in views]
             kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
             with kept, torch.autocast("cpu", torch.bfloat16, enabled=half):
                 maps = [network(each) for each in crops]
