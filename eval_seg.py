@@ -409,8 +409,7 @@ def linear(backbone, train, classes, size, args):
         solve_probe(layer, *training_patches(backbone, train, classes, size, args))
     else:
         if args.dataset.startswith("coco"):  # the protocol takes a tenth
-            tenth = torch.randperm(len(train))[: -(-len(train) // 10)]
-            train = [train[n] for n in tenth]
+            train = [train[n] for n in torch.randperm(len(train))[::10]]
         epoch = partial(patch_features, backbone, train, size, 100, "epoch", args, crop=True)
         batches = (batch for _ in range(args.epochs) for batch in epoch())
         train_probe(probe, batches, args.epochs * -(-len(train) // 128))
@@ -507,20 +506,20 @@ DEMO = (
 
 
 def paint(textures, hues):
-    """Paint noisy images (n, 3, H, W) in 0-1 of stripes, each in two shades of a hue.
-    Maps (n, H, W) give textures, which turn the stripes by 45 degrees from one to the next, and
-    hues, in turns of the colour circle. All else is random, image by image."""
+    """Paint noisy images (n, 3, H, W) in 0-1 from maps (n, H, W) of textures, stripes up to 3 and
+    then checks, each turned by 45 degrees, and of hues, in turns of the colour circle."""
     n, h, w = textures.shape
-    turn, width, phase = torch.rand(3, n, 1, 1)
+    turn, width = torch.rand(2, n, 1, 1)
     angle = torch.pi / 4 * textures + 0.3 * (turn - 0.5)
-    y = torch.arange(h)[:, None]
-    x = torch.arange(w)
-    along = x * angle.cos() + y * angle.sin()
-    stripes = (2 * torch.pi * (along / (8 + 5 * width) + phase)).sin().sign()
+    y, x = torch.arange(h)[:, None], torch.arange(w)
+    turned = (x + 1j * y) * (-1j * angle).exp()  # as complex numbers, turned back by the angle
+    waves = 2 * torch.pi * turned / (8 + 5 * width)  # of 8 to 13 pixels
+    stripes = waves.real.sin()
+    pattern = torch.where(textures < 4, stripes, stripes * waves.imag.sin()).sign()
     circle = hues[:, None] + torch.arange(3).view(3, 1, 1) / 3  # red, green, blue
     tint = 0.15 * (2 * torch.pi * circle).cos()
     light, contrast = torch.rand(2, n, 3, 1, 1)
-    images = 0.4 + 0.2 * light + tint + (0.02 + 0.1 * contrast) * stripes[:, None]
+    images = 0.4 + 0.2 * light + tint + (0.05 + 0.2 * contrast) * pattern[:, None]
     return (images + 0.1 * torch.randn(n, 1, h, w)).clamp(0, 1)
 
 
@@ -532,7 +531,7 @@ def write_demo_images(folder, count):
         y, x = torch.randint(40, 100, (2,))
         below = torch.arange(140)[:, None] > y
         quarter = 2 * below + (torch.arange(140) > x)  # 0 to 3, (140, 140)
-        mask = torch.randperm(4)[quarter]
+        mask = torch.randperm(6)[quarter]
         image = paint(mask[None], torch.rand(4)[quarter][None])[0]
         to_pil_image(image).save(folder / f"images/{number}.png")
         to_pil_image(mask.byte()).save(folder / f"masks/{number}.png")
@@ -541,12 +540,13 @@ def write_demo_images(folder, count):
 def warm_up():
     """Train `tiny` a little on whole images: textures between those above, halves of the hues."""
     backbone = neco.load_backbone("tiny")
-    classifier = nn.Linear(64, 8)
+    classifier = nn.Linear(64, 12)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *classifier.parameters()])
-    for _ in range(100):
-        labels = torch.randint(8, (64, 1, 1))
+    for _ in range(130):
+        labels = torch.randint(12, (64, 1, 1))
         hues = (labels % 2 + torch.rand(64, 1, 1)) / 2
-        images = paint((labels // 2 + 0.5).expand(64, 56, 56), hues)
+        textures = labels // 2 + 0.5
+        images = paint(textures.expand(64, 56, 56), hues)
         features = backbone(normalize(images, neco.MEAN, neco.STD)).mean((2, 3))
         loss = F.cross_entropy(classifier(features), labels.flatten())
         optimizer.zero_grad()

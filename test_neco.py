@@ -1280,6 +1280,7 @@ REFUSED_FLAGS = {  # for a folder: words of the sentence
     "--epochs -1": "--epochs.* -1 ",
     "--pictures -1": "--pictures.* -1 ",
     "--weights none gone.pth": "--weights gone.pth",
+    "--weights {root}/nan.pth": "--weights.*not finite",
     "--out {root}/val/masks/0.png": "val/masks/0.png",
     "--data {root}/val/masks --pictures 0": "neither train and val, nor",
 }
@@ -1317,6 +1318,8 @@ def assert_refused(outcome, words):
 @pytest.mark.parametrize("flags", REFUSED_FLAGS)
 def test_a_bad_flag_is_one_sentence_and_status_2(tmp_path, evaluate, flags):
     write_folder(tmp_path / "data")
+    state = neco.TinyViT().state_dict()
+    torch.save({key: math.nan * x for key, x in state.items()}, tmp_path / "data/nan.pth")
     outcome = evaluate(flags.format(root=tmp_path / "data"))
     assert_refused(outcome, REFUSED_FLAGS[flags])
 
