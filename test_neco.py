@@ -317,8 +317,7 @@ def test_images_are_found_once_at_any_depth(tmp_path):
     names = ["b/ü é.JPG", "b/c/x.jpeg", "a.PNG", "z.webp", "B.bmp", "b/c/日本.tif", "b.Tiff"]
     for name in [*names, "notes.txt", "b/labels.json", "jpg", "c.jpg.part"]:
         (tmp_path / name).touch()
-    (tmp_path / "b/up").symlink_to(tmp_path)  # two links that lead round in a circle
-    (tmp_path / "b/c/up").symlink_to(tmp_path / "b")
+    (tmp_path / "b/up").symlink_to(tmp_path)  # which leads round in a circle
     assert neco.find_images(str(tmp_path)) == sorted(str(tmp_path / name) for name in names)
 
 
