@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Are the patch features better after a training? Two kinds of segmentation tell, and pictures.
+"""Are patch features better after training? Two kinds of segmentation, and pictures, tell.
 
     python eval_seg.py --demo                        # makes its images, trains and evaluates
     python eval_seg.py --data VOCdevkit/VOC2012 --dataset voc --weights none runs/neco/student.pth
@@ -10,7 +10,7 @@ Two protocols measure how much the features of a frozen backbone tell about clas
 patch takes the labels of its nearest neighbours among the training patches; nothing is trained.
 Linear: one linear layer maps features to classes. On voc, ade20k and coco-* it is trained as in the
 literature, by 25 epochs of SGD on random crops. On a folder of your own, where this may be too few
-steps, it is fitted to all patches by 60 iterations of L-BFGS, which is enough to converge.
+steps, it is fitted to all patches by up to 60 iterations of L-BFGS.
 
 Compare figures within a table of this file. Published in-context tables mostly come from the public
 evaluator, open-hummingbird-eval, and differ in more than the features:
@@ -69,13 +69,13 @@ def pair(images, masks, values):
 
 
 def load_voc(root):
-    """Pascal VOC 2012. Learns from trainaug, with the masks of SBD, where they were added."""
+    """Pascal VOC 2012. Learns from trainaug, with the masks of SBD, if they were added."""
     lists = root / "ImageSets/Segmentation"
     splits = [("train", "SegmentationClass"), ("val", "SegmentationClass")]
     if (lists / "trainaug.txt").exists():
         splits[0] = "trainaug", "SegmentationClassAug"
     else:
-        print("Learning from the 1,464 images of train. For the 10,582 of trainaug, masked by SBD,")
+        print("Learning from the 1,464 images of train. For trainaug (10,582, with masks by SBD),")
         print(f"unpack SegmentationClassAug.zip in {root}, and put trainaug.txt into {lists}.")
     values = {n: n for n in [*range(21), IGNORE]}
     items = []
@@ -98,7 +98,7 @@ def load_ade20k(root):
 
 
 def number_classes(categories):
-    """From the categories of a file of COCO to the class of each, and the names of the classes."""
+    """Map the category ids of a COCO file to class numbers; return also the class names."""
     classes = sorted({c["supercategory"] for c in categories})
     return {c["id"]: classes.index(c["supercategory"]) for c in categories}, classes
 
@@ -114,7 +114,7 @@ def load_coco_things(root):
             numbers, classes = number_classes([c for c in content["categories"] if c["isthing"]])
             for annotation in content["annotations"]:
                 mask = file.with_suffix("") / annotation["file_name"]
-                values = {0: IGNORE}  # of no segment
+                values = {0: IGNORE}  # in no segment
                 for segment in annotation["segments_info"]:
                     values[segment["id"]] = numbers.get(segment["category_id"], IGNORE)
                 items.append((root / split / f"{mask.stem}.jpg", mask, values))
@@ -125,7 +125,7 @@ def load_coco_things(root):
 def load_coco_stuff(root):
     """COCO 2017 stuff: its 15 super-categories; things (0) and `other` (183) are ignored."""
     masks = root / "annotations"
-    file = masks / "stuff_val2017.json"  # the one of train is larger, with the same categories
+    file = masks / "stuff_val2017.json"  # that of train is larger, with the same categories
     with reading(file):
         categories = json.loads(file.read_bytes())["categories"]
         numbers, classes = number_classes([c for c in categories if c["id"] != 183])
@@ -137,8 +137,8 @@ def load_coco_stuff(root):
 
 def load_folder(root):
     """Images in train/images and val/images; in train/masks and val/masks PNG files of their names,
-    with a class in each pixel or 255 for no label, and turned as EXIF data turns the image."""
-    values = {IGNORE: IGNORE}  # of all items; the classes are added below
+    with a class in each pixel or 255 for no label, turned as the image's EXIF data says."""
+    values = {IGNORE: IGNORE}  # shared by all items, and filled in below
     train = pair(root / "train/images", root / "train/masks", values)
     val = pair(root / "val/images", root / "val/masks", values)
     found = {IGNORE}
@@ -206,7 +206,7 @@ def read_batch(items, size, mask_size, crop=False):
             if torch.rand(()) < 0.5:
                 image = image.flip(-1)
                 mask = mask.flip(-1)
-        images.append(resized_crop(image, *box, [size, size], antialias=True))
+        images.append(resized_crop(image, *box, [size, size]))
         masks.append(resized_crop(mask, *box, [mask_size, mask_size], NEAREST)[0])
     return torch.stack(images), torch.stack(masks)
 
@@ -291,7 +291,7 @@ def choose_patches(labels, count, uniform):
 
 
 def collect_patches(batches, images, classes, memory, seed=0):
-    """Collect labelled patches, of each of so many `images` at most `memory` / images.
+    """Collect labelled patches: of each of `images` images at most memory / images, but one.
     Batches of features and masks of the image's size -> features (N, D) and class frequencies
     (N, C), in half precision on a GPU. InputError: there is no labelled pixel."""
     generator = torch.Generator().manual_seed(seed)
@@ -377,9 +377,9 @@ def train_probe(probe, batches, steps):
 
 def solve_probe(layer, features, frequencies):
     """Fit a 1x1 convolution to features (N, D) and, as soft targets, class frequencies (N, C), by
-    60 iterations of L-BFGS, on features of which each dimension has mean 0 and deviation 1."""
+    at most 60 iterations of L-BFGS, on features standardised to mean 0 and deviation 1."""
     std, mean = torch.std_mean(features, dim=0)
-    std = std.clamp(min=1e-6)  # of a number that never changes
+    std = std.clamp(min=1e-6)  # of a constant dimension
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=6, line_search_fn="strong_wolfe")
 
     def loss():
@@ -396,7 +396,7 @@ def solve_probe(layer, features, frequencies):
         optimizer.step(loss)
     with torch.no_grad():  # from now on it takes the features as they are
         layer.weight /= std[:, None, None]
-        layer.bias -= layer.weight.flatten(1) @ mean
+        layer.bias -= layer.weight.flatten(1) @ mean.float()  # half precision on a GPU
 
 
 def linear(backbone, train, classes, size, args):
@@ -430,7 +430,7 @@ CELL, STEP, LINE = 294, 300, 12  # side of an image, the same with a gap, height
 # Red, green and blue of each class: no two of 150 the same, consecutive ones far apart.
 PALETTE = 55 + torch.arange(1, 257)[:, None] * torch.tensor([117, 173, 49]) % 200
 PALETTE[IGNORE] = 0
-enlarge = partial(resize, size=[CELL, CELL], interpolation=NEAREST)  # (R, 3, h, w), by patches
+enlarge = partial(resize, size=[CELL, CELL], interpolation=NEAREST)  # (R, 3, h, w), as tiles
 
 
 def feature_colours(maps):
@@ -446,8 +446,8 @@ def feature_colours(maps):
 
 
 def similarities(maps):
-    """Cosines to the patch in the middle of each map (R, D, h, w): of its own map and of the next.
-    They are (2, R, h, w), and run from 0 for the least similar patch of the two maps to 1."""
+    """Cosines of the middle patch of each map (R, D, h, w) to all patches of it and of the next:
+    (2, R, h, w), rescaled to 0 for the least similar patch of the two maps and 1 for equal."""
     h, w = maps.shape[2:]
     middle = maps[:, :, h // 2, w // 2, None, None]  # (R, D, 1, 1)
     both = torch.stack([maps, maps.roll(-1, 0)])  # (2, R, D, h, w)
@@ -506,8 +506,8 @@ DEMO = (
 
 
 def paint(textures, hues):
-    """Paint noisy images (n, 3, H, W) in 0-1 from maps (n, H, W) of textures, stripes up to 3 and
-    then checks, each turned by 45 degrees, and of hues, in turns of the colour circle."""
+    """Paint noisy images (n, 3, H, W) in 0-1 from maps (n, H, W) of textures t (stripes if t < 4,
+    else checks, turned by 45 t degrees) and of hues (in turns of the colour circle)."""
     n, h, w = textures.shape
     turn, width = torch.rand(2, n, 1, 1)
     angle = torch.pi / 4 * textures + 0.3 * (turn - 0.5)
@@ -538,7 +538,7 @@ def write_demo_images(folder, count):
 
 
 def warm_up():
-    """Train `tiny` a little on whole images: textures between those above, halves of the hues."""
+    """Train `tiny` a little on whole images: 6 textures between those above, 2 halves of hues."""
     backbone = neco.load_backbone("tiny")
     classifier = nn.Linear(64, 12)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *classifier.parameters()])
@@ -573,7 +573,7 @@ def demo(out, seed):
 
 
 # -------------------------------------------------------------------------------- command line
-# Sizes, memory and epochs are the protocol's. What both scripts have in common is in neco.py.
+# Default sizes, memory and epochs are the protocols'. Flags of both scripts are in neco.py.
 
 
 def spread(items, count):
@@ -623,7 +623,7 @@ def compare_photographs(backbones, args):
     for file in shown:
         with reading(file):
             image = neco.read_image(file)
-        images.append(resize(image, [size, size], antialias=True))
+        images.append(resize(image, [size, size]))
     draw_picture(torch.stack(images), {}, [], backbones, args)
 
 
@@ -635,14 +635,14 @@ def compare(args):
     if args.data is None:
         raise InputError("--data is missing: name the folder of the data set, or try --demo")
     os.makedirs(args.out, exist_ok=True)
-    for name in ("results.json", "picture.png"):  # of other weights, perhaps
-        (args.out / name).unlink(missing_ok=True)
     backbones = []
     for number, weights in enumerate(args.weights, 1):
         print(f"{number}: {weights}")
         torch.manual_seed(args.seed)  # tiny without weights is random
         file = None if weights == "none" else weights
         backbones.append(neco.load_backbone(args.backbone, args.hub, file).to(args.device))
+    for name in ("results.json", "picture.png"):  # of other weights, perhaps
+        (args.out / name).unlink(missing_ok=True)
     if args.dataset == "folder" and not {"train", "val"} & set(os.listdir(args.data)):
         compare_photographs(backbones, args)
     else:
@@ -667,9 +667,9 @@ def main(argv=None):
     add("--dataset", str, "folder", "its layout", choices=DATASETS)
     add("--weights", str, ["none"], "files or URLs; none for those of the hub", nargs="+")
     add("--method", str, "both", "protocol", choices=[*PROTOCOLS, "both"])
-    add("--size", neco.number(int, 16), None, "side, in whole patches (518 in-context, 448 linear)")
+    add("--size", neco.number(int, 16), None, "side in pixels (518 in-context, 448 linear)")
     add("--memory", neco.number(int, 1), 10_240_000, "patches kept at most")
-    add("--epochs", neco.number(int, 1), 25, "of SGD on a probe")
+    add("--epochs", neco.number(int, 1), 25, "of SGD; not on folder")
     add("--pictures", neco.number(int, 0), 6, "images in picture.png, of the first protocol")
     add("--out", Path, None, "folder for the results (runs/eval, runs/demo)")
     parser.add_argument("--demo", action="store_true", help="make images, train and evaluate")
