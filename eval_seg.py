@@ -291,7 +291,7 @@ def choose_patches(labels, count, uniform):
 
 
 def collect_patches(batches, images, classes, memory, seed=0):
-    """Collect labelled patches: of each of `images` images at most memory / images, but one.
+    """Collect labelled patches, of each image at most memory / images (but one at least).
     Batches of features and masks of the image's size -> features (N, D) and class frequencies
     (N, C), in half precision on a GPU. InputError: there is no labelled pixel."""
     generator = torch.Generator().manual_seed(seed)

@@ -1129,15 +1129,17 @@ def test_solved_probe_leaves_nothing_to_learn():
     x = (normal(20_000, 12) @ normal(12, 12, seed=2)).float()  # correlated: many iterations
     labels = (x[:, :3] + 2 * x[:, 3:6]).softmax(1).round(decimals=1)
     scores = []
-    for seen in (x, x * torch.logspace(-3, 2, 12) + torch.arange(12)):
+    scaled = x * torch.logspace(-3, 2, 12) + torch.arange(12)
+    for seen in (x, scaled, x.half()):  # half precision, as on a GPU
         layer = torch.nn.Conv2d(12, 3, 1)
-        eval_seg.solve_probe(layer, seen, labels)
-        found = layer(seen[:, :, None, None]).flatten(1)
+        eval_seg.solve_probe(layer, seen, labels.to(seen.dtype))
+        found = layer(seen[:, :, None, None].float()).flatten(1)
         scores.append(found.softmax(1))
     error = labels.sum(1, keepdim=True) * scores[0] - labels
     gradient = x.T @ error / len(x)
     assert gradient.abs().max() < 1e-4
-    assert_close(*scores, rtol=0, atol=2e-3)
+    assert_close(scores[1], scores[0], rtol=0, atol=2e-3)
+    assert_close(scores[2], scores[0], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("dataset", ["folder", "voc"])
