@@ -1139,7 +1139,7 @@ def test_solved_probe_leaves_nothing_to_learn():
     gradient = x.T @ error / len(x)
     assert gradient.abs().max() < 1e-4
     assert_close(scores[1], scores[0], rtol=0, atol=2e-3)
-    assert_close(scores[2], scores[0], rtol=0, atol=2e-3)
+    assert_close(scores[2], scores[0], rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("dataset", ["folder", "voc"])
