@@ -7,7 +7,7 @@ different crops of one image. Take one patch from each crop, both of the same pl
 two with the same reference patches, drawn at random from a queue of teacher patches. The student
 learns to rank these references by similarity as the teacher does: which the neighbours of a patch
 are, and in what order, should not depend on crop and colour. A differentiable sorting network
-turns similarities into a ranking: the probability of each reference to take each rank.
+turns similarities into a ranking: each reference's probability of taking each rank.
 
 The loss is the cross-entropy of the student's ranking, with the teacher's as its target. It cannot
 fall below the entropy of the teacher's ranking, called its floor. Nothing in the loss keeps all
@@ -102,15 +102,15 @@ def load_backbone(name="dinov2_vits14_reg", hub=None, weights=None):
     """
     kind = name.split("_")[0]
     options = {"pretrained": weights is None, "trust_repo": True}
-    if kind in ("dino", "dinov2"):  # DINOv3's models offer no drop path, and
-        options["drop_path_rate"] = 0.1  # rescale their positions at random in training mode
+    if kind in ("dino", "dinov2"):  # DINOv3 has random scales of positions instead
+        options["drop_path_rate"] = 0.1
     try:
         if name == "tiny":
             model = TinyViT()
         else:
             hub = hub or f"facebookresearch/{kind}"
             options["source"] = "local" if os.path.isdir(hub) else "github"
-            options["skip_validation"] = True  # validation knows branches and tags, but no commits
+            options["skip_validation"] = True  # validation knows branches and tags, not commits
             model = torch.hub.load(hub, name, **options)
         backbone = Backbone(model)
         if weights is not None:
@@ -162,13 +162,13 @@ def soft_sort(x, steepness=100.0):
     *lead, n = x.shape
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     x = x.reshape(-1, n).T.contiguous()  # (n, B): a wire is a contiguous row
-    # If n is no power of two, take the network of the next one. Think of its first wires as holding
+    # Unless n is a power of two, take the next one's network. Think of its first wires as holding
     # the smallest elements: these never move, so they and their comparators are left out.
     stages = (n - 1).bit_length()
     front = 2**stages - n
     wires = torch.arange(front, 2**stages, device=x.device)
-    # A share is stored only where it can differ from 0, which saves half the work. Before stage k a
-    # wire contains only items of its own block of 2^k wires, so a column for each is enough.
+    # Entries are stored only where they can differ from 0: that saves half the work. Before stage k
+    # a wire contains only items of its own block of 2^k wires, so a column for each is enough.
     # Four wires with the items a, b, c and d have the columns
     #     start:    [a]  [b]  [c]  [d]
     #     stage 0:  [a b]  [a b]  [c d]  [c d]
@@ -188,7 +188,7 @@ def soft_sort(x, steepness=100.0):
             sign = (partner - wires).sign()[:, None]  # 1 on the first wire of two, -1 on the second
             other = x.index_select(0, partner - front)
             gap = sign * (other - x)  # x_hi - x_lo on both, (n, B)
-            # 1/2 - atan(s gap) / pi, as the angle of the point (s gap, 1): accurate also near 0.
+            # 1/2 - atan(s gap) / pi, as the angle of the point (s gap, 1): exact for w near 0, too.
             w = torch.atan2(torch.ones_like(x), gap * steepness) / math.pi
             x = torch.lerp(x, other, w)
             other = permutation.index_select(0, partner - front)
@@ -300,8 +300,8 @@ def intersection(a, b):
 def random_box(image, share, overlap, others):
     """Draw the box of a crop of an image (3, H, W), in pixels, that overlaps others (N, 4).
 
-    Its aspect ratio is 3/4 to 4/3; share (least, most) and overlap (least) are parts of the image.
-    If an elongated image has no room for it: the largest in the middle, or the whole image.
+    Its aspect ratio is 3/4 to 4/3; share (least, most) and overlap (least) are parts of its area.
+    Failing that, it is the largest in the middle of an elongated image, or the whole image.
     """
     height, width = image.shape[-2:]
     least = overlap * height * width
@@ -318,7 +318,7 @@ def make_views(image, kinds):
     """Cut the crops of an image, uint8 (3, H, W), and change their colours.
 
     A kind of crops is a tuple: how many, their side in pixels, their (least, most) share of the
-    image's area, least share in common with each global crop before. Global crops come first.
+    image's area, least part of it in common with each global crop before. Global crops come first.
     Returns `crops`, for each kind a list of crops (3, side, side), uint8, and `boxes` (crops, 4):
     their left, top, right and bottom in image pixels. `torch.manual_seed` controls what is random.
     Source: multi-crop (Caron et al., SwAV, 2020) with the sizes of the public NeCo recipe.
@@ -356,14 +356,14 @@ def align(features, crop, region, grid):
 # ------------------------------------------------------------------------------------ training
 # All that is random depends only on seed, step and image: on a CPU neither workers nor
 # interruptions change a bit of the result. With torchrun, each process works on a slice of every
-# batch, `mine`; gradients and queues are summed over all, so all processes stay identical.
+# batch, `mine`; gradients are summed and patches gathered, so all processes stay identical.
 
 # Flags that may change when a run is resumed:
 MAY_CHANGE = {"data", "out", "ranks", "workers", "device", "accumulate", "log_every", "save_every"}
 
 
 def seed_of(*key):
-    """A seed that is a function of the key, alike on every machine."""
+    """A seed that is a function of the key, the same on every machine."""
     return zlib.crc32(repr(key).encode())
 
 
@@ -377,7 +377,7 @@ def all_reduce(values):
 def find_images(folder):
     """List the image files below a folder, sorted. Links to other folders are not followed."""
     found = []
-    for place, _, names in os.walk(folder):
+    for place, _, names in os.walk(Path(folder)):
         found += [f"{place}/{name}" for name in names if name.lower().endswith(IMAGE_TYPES)]
     return sorted(found)
 
@@ -452,7 +452,7 @@ class Run(nn.Module):
 
 
 def push_patches(queue, maps, batch_size, mine):
-    """Put 10 patches of each image in front of the queues (2, Q, D); return the new queues.
+    """Put up to 10 patches of each image in front of the queues (2, Q, D); return new queues.
 
     The maps (2, b, D, h, w) are the teacher's, of the global crops of the images at `mine` in the
     batch. The patches are chosen at random, in all maps at the same places.
@@ -470,7 +470,7 @@ def push_patches(queue, maps, batch_size, mine):
 def draw_references(queue, pairs, batch_size, count):
     """Draw references from a queue (Q, D) for each image in each pair: (pairs, images, count, D).
 
-    They are the patches with the highest of Q random numbers, so none is drawn twice for an image.
+    Those with the highest of Q random numbers are drawn: none twice for an image and pair.
     """
     numbers = torch.rand(pairs, batch_size, len(queue), device=queue.device)
     chosen = numbers.topk(min(count, len(queue))).indices
@@ -554,7 +554,7 @@ def train_step(run, batch, args, step, mine):
 
 
 def save(content, path):
-    """Write under a temporary name, then rename: never half a file, and no error but OSError."""
+    """Write under a temporary name, then rename: never half a file; a full disk is an OSError."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
@@ -583,16 +583,16 @@ def start_run(args, rank):
     run = Run(load_backbone(args.backbone, args.hub, args.weights), args)
     if rank == 0:
         os.makedirs(args.out, exist_ok=True)
-        # An empty folder gets a checkpoint with the settings at once, so a second run is refused.
+        # A new folder gets its settings at once, so that a run with other settings is refused.
         with open(f"{args.out}/checkpoint.pth", "ab") as file:
             if file.tell() == 0:
                 torch.save({"step": 0, "log": [], "settings": vars(args)}, file)
         all_reduce(torch.zeros(1))  # lets the others go on
     state = torch.load(f"{args.out}/checkpoint.pth", map_location="cpu", weights_only=True)
     for name in vars(args).keys() - MAY_CHANGE:
-        before, now = state["settings"].get(name), vars(args)[name]
-        if before != now:
-            raise InputError(f"--out {args.out} has a run with {name} {before}, not {now}: move it")
+        before = state["settings"].get(name)
+        if before != vars(args)[name]:
+            raise InputError(f"--out {args.out} has a run with {name} {before}: set it, or move it")
     if state["step"]:
         run.load_state_dict(state["run"])
         run.optimizer.load_state_dict(state["optimizer"])
@@ -600,7 +600,7 @@ def start_run(args, rank):
 
 
 def train(args, files):
-    """Train; return the exit status. Ctrl-C and SIGTERM save and end it after the current step."""
+    """Train; return the exit status. Ctrl-C, or SIGTERM to this process, saves and ends a run."""
     rank = int(os.environ.get("RANK", 0))  # as torchrun sets it
     mine = slice(rank, None, args.ranks)
     run, first, log = start_run(args, rank)
@@ -640,8 +640,8 @@ def train(args, files):
                 print("neco.py: warning: rankings are nearly flat: lower --lr", file=sys.stderr)
         if taken % args.save_every == 0 or taken == args.steps or signals:
             save_run(run, taken, log, args)
-        if signals:
-            break
+            if signals:
+                break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if signals:
@@ -690,14 +690,14 @@ def flags(program):
 
 
 def run_command(command, parser, argv):
-    """Call `command` with the arguments; what the user can put right ends in a sentence."""
+    """Call `command` with the arguments; errors that a user can fix end in a sentence."""
     args = parser.parse_args(argv)
     try:
         return command(args)
     except InputError as error:  # a worker of the loader puts its traceback before the sentence
         message = str(error).split("InputError: ")[-1]
     except torch.cuda.OutOfMemoryError:
-        message = "the GPU is out of memory: lower sizes, or raise --accumulate in training"
+        message = "the GPU is out of memory: lower the sizes, or raise --accumulate in training"
     except OSError as error:
         message = f"cannot use {error.filename or args.out}: {error.strerror or error}"
     return parser.error(" ".join(message.split()))
@@ -708,7 +708,7 @@ def prepare(args):
     args.ranks = int(os.environ.get("WORLD_SIZE", 1))
     parts = args.accumulate * args.ranks
     if args.batch_size % parts:
-        raise InputError(f"--batch-size {args.batch_size}: --accumulate asks multiples of {parts}")
+        raise InputError(f"--batch-size {args.batch_size} does not split into {parts} equal parts")
     os.listdir(args.data)  # an OSError if it is not there
     files = find_images(args.data)
     args.images = len(files)
@@ -742,14 +742,14 @@ def main(argv=None):
     add("--local-size", side, 98, "side of the local crops, rounded down to whole patches")
     add("--local-crops", number(int, 0), 4, "local crops of an image")
     add("--grid", natural, 7, "each pair of crops has N x N cells, compared with N x N references")
-    add("--queue", natural, 8192, "teacher patches to draw from; a batch of 64 images adds 640")
+    add("--queue", natural, 8192, "teacher patches to draw from; 10 of each image are added")
     add("--hidden", natural, 2048, "width of the head; less for a small backbone")
     add("--lr", rate, 1e-5, "learning rate of the backbone; three times as much can do harm")
     add("--head-lr", rate, 1e-4, "learning rate of the head")
     add("--weight-decay", rate, [0.04, 0.5], "of AdamW, at the start and at the end", nargs=2)
     add("--momentum", number(float, 0, 1), 0.9995, "of the teacher; it goes to 1 at the end")
     add("--steepness", steepness, 100.0, "of the sorting network; the higher, the harder the sort")
-    add("--teacher-steepness", steepness, None, "default --steepness; more counters collapse")
+    add("--teacher-steepness", steepness, None, "default --steepness; a higher one fights collapse")
     add("--log-every", natural, 50, "steps between lines of progress and rows of log.csv")
     add("--save-every", natural, 250, "steps between checkpoints")
     return run_command(prepare, parser, argv)

@@ -763,7 +763,7 @@ REFUSED = """--data HERE/nowhere says HERE/nowhere directory; --data HERE/other.
 --backbone raising --hub HERE says --hub HERE raising out of order;
 --weights HERE/nowhere.pth; --weights file://HERE/nowhere.pth; --weights HERE/code.pth;
 --weights HERE/other.pth says --weights HERE/other.pth stem; --out HERE/other.pth says HERE/other;
---out HERE/run --lr 2e-5 says --out HERE/run lr 1e-05 2e-05"""
+--out HERE/run --lr 2e-5 says --out HERE/run lr 1e-05"""
 
 
 @pytest.mark.parametrize("case", REFUSED.replace("\n", " ").split("; "))
