@@ -697,7 +697,7 @@ def run_command(command, parser, argv):
     except InputError as error:  # a worker of the loader puts its traceback before the sentence
         message = str(error).split("InputError: ")[-1]
     except torch.cuda.OutOfMemoryError:
-        message = "the GPU is out of memory: lower the sizes, or raise --accumulate in training"
+        message = "the GPU is out of memory: lower the sizes or, in training, raise --accumulate"
     except OSError as error:
         message = f"cannot use {error.filename or args.out}: {error.strerror or error}"
     return parser.error(" ".join(message.split()))
