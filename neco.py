@@ -161,7 +161,7 @@ def soft_sort(x, steepness=100.0):
     """
     *lead, n = x.shape
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = x.reshape(-1, n).T.contiguous()  # (n, B): a wire is a contiguous row
+    x = steepness * x.reshape(-1, n).T.contiguous()  # (n, B): a wire is a contiguous row
     # Unless n is a power of two, take the next one's network. Think of its first wires as holding
     # the smallest elements: these never move, so they and their comparators are left out.
     stages = (n - 1).bit_length()
@@ -182,18 +182,18 @@ def soft_sort(x, steepness=100.0):
         permutation = torch.cat(columns, dim=1)[:, -n:]
         # The first layer compares each wire with its mirror image in the merged block, the later
         # ones with the wire a quarter of the block away, then an eighth, ..., then 1.
-        for mask in [2 ** (stage + 1) - 1, *(2**k for k in reversed(range(stage)))]:
+        for mask in [2 * 2**stage - 1, *(2**k for k in reversed(range(stage)))]:
             partner = wires ^ mask
             partner = torch.where(partner < front, wires, partner)  # itself: it stays as it is
             sign = (partner - wires).sign()[:, None]  # 1 on the first wire of two, -1 on the second
             other = x.index_select(0, partner - front)
-            gap = sign * (other - x)  # x_hi - x_lo on both, (n, B)
-            # 1/2 - atan(s gap) / pi, as the angle of the point (s gap, 1): exact for w near 0, too.
-            w = torch.atan2(torch.ones_like(x), gap * steepness) / math.pi
+            gap = sign * (other - x)  # s (x_hi - x_lo) on both, (n, B)
+            # 1/2 - atan(gap) / pi, as the angle of the point (gap, 1): exact for w near 0, too.
+            w = torch.atan2(x.new_ones(()), gap) / math.pi
             x = torch.lerp(x, other, w)
             other = permutation.index_select(0, partner - front)
             permutation = torch.lerp(permutation, other, w[:, None])
-    return x.T.reshape(*lead, n), permutation.permute(2, 0, 1).reshape(*lead, n, n)
+    return x.T.reshape(*lead, n) / steepness, permutation.permute(2, 0, 1).reshape(*lead, n, n)
 
 
 # ---------------------------------------------------------------------------------------- loss
