@@ -102,7 +102,7 @@ def load_backbone(name="dinov2_vits14_reg", hub=None, weights=None):
     """
     kind = name.split("_")[0]
     options = {"pretrained": weights is None, "trust_repo": True}
-    if kind in ("dino", "dinov2"):  # DINOv3 has random scales of positions instead
+    if kind in ("dino", "dinov2"):  # DINOv3: only random scales of positions, in training mode
         options["drop_path_rate"] = 0.1
     try:
         if name == "tiny":
@@ -161,7 +161,7 @@ def soft_sort(x, steepness=100.0):
     """
     *lead, n = x.shape
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = steepness * x.reshape(-1, n).T.contiguous()  # (n, B): a wire is a contiguous row
+    x = steepness * x.reshape(-1, n).T.contiguous()  # (n, B), a row for each wire
     # Unless n is a power of two, take the next one's network. Think of its first wires as holding
     # the smallest elements: these never move, so they and their comparators are left out.
     stages = (n - 1).bit_length()
@@ -187,7 +187,7 @@ def soft_sort(x, steepness=100.0):
             partner = torch.where(partner < front, wires, partner)  # itself: it stays as it is
             sign = (partner - wires).sign()[:, None]  # 1 on the first wire of two, -1 on the second
             other = x.index_select(0, partner - front)
-            gap = sign * (other - x)  # s (x_hi - x_lo) on both, (n, B)
+            gap = sign * (other - x)  # x_hi - x_lo on both, times s, (n, B)
             # 1/2 - atan(gap) / pi, as the angle of the point (gap, 1): exact for w near 0, too.
             w = torch.atan2(x.new_ones(()), gap) / math.pi
             x = torch.lerp(x, other, w)
