@@ -32,7 +32,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision import transforms
 from torchvision.transforms import functional as tvf
 
@@ -506,9 +506,16 @@ def test_a_step_has_the_crops_and_the_loss_of_the_public_code(command, tmp_path,
     crops = torch.cat(steps[0]["batch"]["crops"][0]) / 255
     crops = tvf.normalize(crops, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert_close(convolved[0]["input"], crops)
+    monkeypatch.undo()
     losses = []
     for maps, call in zip(aligned, compared, strict=True):
-        losses.append(public_loss(**maps, references=call["references"]))
+        single = {**maps, "references": call["references"]}
+        double = tree_map_only(torch.Tensor, lambda x: x.detach().double(), single)
+        losses.append(public_loss(**double))
+        references = double.pop("references")
+        cells, targets = neco.align_pairs(**double)
+        found = neco.neco_loss(cells, targets, references, 30.0, 60.0, floor=True)
+        assert [x.item() for x in found] == pytest.approx(losses[-1], rel=1e-9)
         for drawn, queue in zip(call["references"].chunk(2), steps[0]["run"].queue):
             same = (drawn[..., None, :] == queue[:40]).all(-1)  # 10 patches of each of 4 images
             assert same.any(-1).all()
