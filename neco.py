@@ -102,7 +102,7 @@ def load_backbone(name="dinov2_vits14_reg", hub=None, weights=None):
     """
     kind = name.split("_")[0]
     options = {"pretrained": weights is None, "trust_repo": True}
-    if kind in ("dino", "dinov2"):  # DINOv3: only random scales of positions, in training mode
+    if kind in ("dino", "dinov2"):  # DINOv3 has none; in training, it rescales its positions
         options["drop_path_rate"] = 0.1
     try:
         if name == "tiny":
@@ -300,7 +300,7 @@ def intersection(a, b):
 def random_box(image, share, overlap, others):
     """Draw the box of a crop of an image (3, H, W), in pixels, that overlaps others (N, 4).
 
-    Its aspect ratio is 3/4 to 4/3; share (least, most) and overlap (least) are parts of its area.
+    Its aspect ratio is 3/4 to 4/3; share (least, most) and overlap (least) are of the image's area.
     Failing that, it is the largest in the middle of an elongated image, or the whole image.
     """
     height, width = image.shape[-2:]
@@ -460,7 +460,7 @@ def push_patches(queue, maps, batch_size, mine):
     patches = maps.flatten(3).mT  # (2, b, h * w, D)
     places = torch.randperm(patches.shape[2], device=patches.device)
     chosen = patches[:, :, places[:10]]
-    new = chosen.new_zeros(2, batch_size, *chosen.shape[2:])
+    new = chosen.new_zeros(GLOBAL_CROPS, batch_size, *chosen.shape[2:])
     new[:, mine] = chosen
     new = all_reduce(new).flatten(1, 2)  # others' images are 0 here: the sum gathers
     longer = torch.cat([new, queue], dim=1)
@@ -592,7 +592,7 @@ def start_run(args, rank):
     for name in vars(args).keys() - MAY_CHANGE:
         before = state["settings"].get(name)
         if before != vars(args)[name]:
-            raise InputError(f"--out {args.out} has a run with {name} {before}: set it, or move it")
+            raise InputError(f"--out {args.out}: its run has {name} {before}: set that, or move it")
     if state["step"]:
         run.load_state_dict(state["run"])
         run.optimizer.load_state_dict(state["optimizer"])
@@ -708,13 +708,13 @@ def prepare(args):
     args.ranks = int(os.environ.get("WORLD_SIZE", 1))
     parts = args.accumulate * args.ranks
     if args.batch_size % parts:
-        raise InputError(f"--batch-size {args.batch_size} does not split into {parts} equal parts")
+        raise InputError(f"--batch-size {args.batch_size} is no multiple of {parts} (--accumulate)")
     os.listdir(args.data)  # an OSError if it is not there
     files = find_images(args.data)
     args.images = len(files)
     if args.images < args.batch_size:
-        found = f"{args.images} images ({' '.join(IMAGE_TYPES)})"
-        raise InputError(f"--data {args.data} holds {found}; --batch-size is {args.batch_size}")
+        found = f"only {args.images} images ({' '.join(IMAGE_TYPES)})"
+        raise InputError(f"--data {args.data} holds {found} for --batch-size {args.batch_size}")
     if args.steps is None:
         args.steps = args.epochs * (args.images // args.batch_size)
     if args.ranks > 1:  # started by torchrun

@@ -667,7 +667,7 @@ def test_one_of_two_runs_that_start_together_gets_the_folder(tmp_path, place):
     statuses = start_processes(tmp_path / "log", [f"{argv} --lr 1e-5"], [f"{argv} --lr 2e-5"])
     text = (tmp_path / "log").read_text()
     assert sorted(statuses) == [0, 2], text
-    assert "has a run with lr" in text
+    assert "its run has lr" in text
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(
@@ -685,9 +685,9 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(
     assert steps == []
 
 
-def weights_of(folder):
-    """All weights of a student but some biases: those of keys have no gradient but rounding."""
-    state = load(folder, "student")
+def weights_of(folder, network="student"):
+    """All weights of a network but some biases: those of keys have no gradient but rounding."""
+    state = load(folder, network)
     return torch.cat([state[key].flatten() for key in state if "in_proj_bias" not in key])
 
 
@@ -706,12 +706,12 @@ def test_processes_and_accumulation_train_as_one(command, tmp_path, place):
     assert load(tmp_path / "two", "checkpoint")["step"] == 2
     assert start_processes(log, [argv, "0"], [argv, "1"]) == [0, 0], log.read_text()
     assert log.read_text().count("step 4/4") == 1
-    for other in ("parts", "two"):
+    for other, network in itertools.product(("parts", "two"), ("student", "teacher")):
         logs = [load(tmp_path / run, "log") for run in (other, "one")]
         assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-        whole = weights_of(tmp_path / "one")
+        whole = weights_of(tmp_path / "one", network)
         move = whole - weights_of(place / "run")
-        error = weights_of(tmp_path / other) - whole
+        error = weights_of(tmp_path / other, network) - whole
         assert error.norm() < 1e-3 * move.norm()
 
 
