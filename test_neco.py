@@ -656,6 +656,8 @@ def test_an_interrupted_run_ends_as_a_whole_one(
     statuses = start_processes(log, [argv, None, where, call, number])
     assert statuses == [status], log.read_text()
     assert "Traceback" not in log.read_text()
+    for line in re.findall(b"step .*", log.read_bytes()):
+        assert len(line) < 80  # nothing is written over
     if number == SIGTERM:
         assert len(load(out, "log")) == 3  # the step under way is saved
     assert command(out, "--workers 1")[0] == 0
