@@ -96,8 +96,8 @@ def load_backbone(name="dinov2_vits14_reg", hub=None, weights=None):
         a hubconf.py; by default facebookresearch/ and the first word of the name.
     weights: file or URL of a state dict instead of the hub's: of this project, of the model's
         authors, or a published NeCo checkpoint. Heads are left out; all else must match.
-    Returns a module in training mode, with drop path for DINO and DINOv2: call its `eval()` before
-    you use it otherwise. It has `patch_size` p and `embed_dim` D, and turns ImageNet-normalised
+    Returns a module in training mode, with drop path for DINO and DINOv2: to use its features, call
+    its `eval()` first. It has `patch_size` p and `embed_dim` D, and turns ImageNet-normalised
     images (B, 3, H, W), H and W multiples of p, into features (B, D, H / p, W / p). InputError: the
     hub is out of reach or has no such vision transformer, or the weights do not fit.
     """
